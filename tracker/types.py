@@ -1,0 +1,222 @@
+"""What travels from room to room: frames, detections, tracks, and what each room promises.
+
+Data only. Nothing here opens, computes or remembers. Arrays are NumPy on the host; planes of an
+`Image` may be torch tensors on a device (then nobody may call NumPy on them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracker.errors import DetectionsError
+
+if TYPE_CHECKING:
+    import torch
+
+Floats = NDArray[np.float32] | NDArray[np.float64]
+Labels = NDArray[np.int64]
+YuvMatrix = Literal["bt601", "bt709", "bt2020"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """Pixels as they were decoded.
+
+    format: "yuv" (three 8-bit planes Y, U, V; the chroma planes may be smaller in either direction) or
+        "bgr" (one (H, W, 3) plane).
+    planes: uint8 arrays, already upright: rotation metadata has been applied. Read-only by convention.
+    matrix, full_range: how Y, U, V become R, G, B (ITU-R BT.601/709/2020; full range is 0–255, else
+        16–235/240). Meaningless for "bgr".
+    """
+
+    format: Literal["yuv", "bgr"]
+    planes: tuple[Any, ...]
+    matrix: YuvMatrix = "bt601"
+    full_range: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """One decoded frame of one source.
+
+    index: 0-based position among the frames this source delivered.
+    pts_seconds: presentation time in seconds on the source's own clock (need not start at 0).
+    size: (width, height) in pixels of the upright image; track boxes are in these pixels.
+    image: None only where detections are replayed without a video.
+    source: which source of the run, from 0.
+    """
+
+    index: int
+    pts_seconds: float
+    size: tuple[int, int]
+    image: Image | None = None
+    source: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detections:
+    """What a front end found in one frame, as arrays of N rows on the host.
+
+    xyxy: (N, 4) corners in source pixels, x2 ≥ x1 and y2 ≥ y1.
+    score: (N,) confidence. label: (N,) class index. embedding: (N, D) appearance, any positive norm.
+
+    Raises DetectionsError for wrong shapes and for NaN or inf, which would silently spoil every track.
+    """
+
+    xyxy: Floats
+    score: Floats
+    label: Labels
+    embedding: Floats | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.xyxy)
+        if self.xyxy.shape != (count, 4) or self.score.shape != (count,) or self.label.shape != (count,):
+            raise DetectionsError(
+                f"detections need xyxy (N, 4), score (N,) and label (N,); got {self.xyxy.shape}, "
+                f"{self.score.shape} and {self.label.shape}"
+            )
+        for name in ("xyxy", "score", "embedding"):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            # One dot product sees every NaN and inf, and is far cheaper than isfinite().all(); the
+            # exact test follows only when it objects (finite values can overflow the product).
+            flat = values.reshape(-1)
+            if not np.isfinite(np.dot(flat, flat)) and not np.isfinite(flat).all():
+                row = int(np.flatnonzero(~np.isfinite(values.reshape(count, -1)).all(axis=1))[0])
+                raise DetectionsError(
+                    f"{name} of detection {row} is not a finite number ({values[row]}): the detector "
+                    "overflowed or was fed garbage; check its precision and preprocessing"
+                )
+        if self.embedding is not None and (self.embedding.ndim != 2 or len(self.embedding) != count):
+            raise DetectionsError(f"embedding needs shape ({count}, D), got {self.embedding.shape}")
+
+    def __len__(self) -> int:
+        return len(self.xyxy)
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """One tracked object in one frame. xyxy: (4,) corners in source pixels; label: class name."""
+
+    id: int
+    xyxy: Floats
+    score: float
+    label: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tracks(Sequence[Track]):
+    """The tracks of one frame: arrays for those who want speed, a sequence of `Track` for the rest.
+
+    id: (N,) from 1. xyxy: (N, 4) corners in source pixels. score: (N,). label: (N,) class index into
+    names; an index beyond names is shown as its number.
+    """
+
+    id: NDArray[np.int64]
+    xyxy: Floats
+    score: Floats
+    label: Labels
+    names: tuple[str, ...] = field(default=(), repr=False)
+
+    def __len__(self) -> int:
+        return len(self.id)
+
+    def name_of(self, label: int) -> str:
+        return self.names[label] if label < len(self.names) else str(label)
+
+    @overload
+    def __getitem__(self, index: int) -> Track: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Track]: ...
+    def __getitem__(self, index: int | slice) -> Track | list[Track]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return Track(
+            int(self.id[index]),
+            self.xyxy[index],
+            float(self.score[index]),
+            self.name_of(int(self.label[index])),
+        )
+
+    def __iter__(self) -> Iterator[Track]:
+        rows = zip(self.id.tolist(), self.xyxy, self.score.tolist(), self.label.tolist(), strict=True)
+        return (Track(i, xyxy, score, self.name_of(label)) for i, xyxy, score, label in rows)
+
+
+@dataclass(slots=True, kw_only=True)
+class FrameCounts:
+    """What became of a source's frames.
+
+    declared: what the container or directory promises; None where it promises nothing.
+    decoded: delivered to the pipeline. corrupt: decoded with errors, or not decodable at all, and so
+    never tracked. dropped: good, but skipped on purpose. missing: promised but never seen.
+    """
+
+    declared: int | None = None
+    decoded: int = 0
+    corrupt: int = 0
+    dropped: int = 0
+    missing: int = 0
+
+    @property
+    def lost(self) -> int:
+        """Frames the user expected in the results and will not find there."""
+        return self.corrupt + self.missing
+
+
+class Source(Protocol):
+    """Frames in order. Iterate once; enter before, exit after. `counts` is true at any moment."""
+
+    name: str
+    counts: FrameCounts
+    size: tuple[int, int]  # (width, height) of the first frame, upright
+    frame_rate: float  # nominal frames per second, > 0
+
+    def __enter__(self) -> Source: ...
+    def __exit__(self, *exc: object) -> None: ...
+    def __iter__(self) -> Iterator[Frame]: ...
+
+
+class Runtime(Protocol):
+    """An engine with named tensors. Shapes use None for a dimension left open."""
+
+    inputs: Mapping[str, tuple[int | None, ...]]
+    outputs: Mapping[str, tuple[int | None, ...]]
+    description: str  # for people: provider, version
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
+
+
+class Pending(Protocol):
+    """Work under way. `result` is the only place where the host waits."""
+
+    def result(self) -> list[Detections]: ...
+
+
+class Frontend(Protocol):
+    """A detector: frames in, detections in source pixels out, one list entry per frame."""
+
+    names: tuple[str, ...]
+    max_batch: int
+    embeds: bool  # whether detections carry embeddings
+
+    def submit(self, frames: Sequence[Frame]) -> Pending: ...
+
+
+class Association(Protocol):
+    """Turns each frame's detections into tracks. Empty frames count too: time passes."""
+
+    def update(self, frame_index: int, detections: Detections) -> Tracks: ...
+
+
+class Sink(Protocol):
+    """Writes one source's results. `close(complete=False)` leaves them marked partial."""
+
+    def write(self, frame: Frame, tracks: Tracks) -> None: ...
+    def close(self, *, complete: bool) -> None: ...
