@@ -31,7 +31,9 @@ def xyxy_to_xyah(xyxy: Array) -> NDArray[np.float64]:
     low, size = xyxy[..., :2].astype(np.float64), (xyxy[..., 2:] - xyxy[..., :2]).astype(np.float64)
     xyah = np.empty(xyxy.shape, np.float64)
     xyah[..., :2] = low + size / 2
-    xyah[..., 2] = np.divide(size[..., 0], size[..., 1], out=np.zeros_like(size[..., 0]), where=size[..., 1] > 0)
+    xyah[..., 2] = np.divide(
+        size[..., 0], size[..., 1], out=np.zeros_like(size[..., 0]), where=size[..., 1] > 0
+    )
     xyah[..., 3] = size[..., 1]
     return xyah
 
@@ -49,12 +51,14 @@ def iou(a_xyxy: Array, b_xyxy: Array, *, pixel: float = 0.0) -> Array:
     inclusive pixel indices, the convention of cython_bbox and so of FairMOT and ByteTrack.
     Two boxes without area have IoU 0.
     """
-    low = np.maximum(a_xyxy[..., :2], b_xyxy[..., :2])
-    high = np.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:])
-    inter = np.maximum(high - low + pixel, 0.0).prod(axis=-1)
-    area_a = (a_xyxy[..., 2:] - a_xyxy[..., :2] + pixel).prod(axis=-1)
-    area_b = (b_xyxy[..., 2:] - b_xyxy[..., :2] + pixel).prod(axis=-1)
-    union = area_a + area_b - inter
+    # Component by component: reductions over an axis of two would cost more than the arithmetic.
+    ax1, ay1, ax2, ay2 = (a_xyxy[..., k] for k in range(4))
+    bx1, by1, bx2, by2 = (b_xyxy[..., k] for k in range(4))
+    width = np.maximum(np.minimum(ax2, bx2) - np.maximum(ax1, bx1) + pixel, 0.0)
+    height = np.maximum(np.minimum(ay2, by2) - np.maximum(ay1, by1) + pixel, 0.0)
+    inter = width * height
+    area_a = (ax2 - ax1 + pixel) * (ay2 - ay1 + pixel)
+    union = area_a + (bx2 - bx1 + pixel) * (by2 - by1 + pixel) - inter
     return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
 
 

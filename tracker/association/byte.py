@@ -1,0 +1,79 @@
+"""BYTE association: overlap only, and low scores get a second chance (ByteTrack, Zhang et al., ECCV 2022).
+
+Each frame:
+1. Tracked and lost tracks against confident detections, by IoU weighted with the score.
+2. Tracked tracks still without a match against weak detections, by IoU: an object half hidden scores low,
+   but it is where its track says.
+3. Tentative tracks against the confident detections left.
+Confident detections that remain start new tracks. A detector's class is never crossed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tracker.association.lifecycle import TENTATIVE, TRACKED, TrackTable, buffer_frames
+from tracker.association.step import Step
+from tracker.errors import ConfigError
+from tracker.matching import Pairs
+from tracker.types import Detections, Floats, Tracks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ByteConfig:
+    """Defaults are ByteTrack's (`tools/track.py`, `yolox/tracker/byte_tracker.py`).
+
+    high: detections above it are confident; low: weak ones lie between low and high. birth: a new track
+    needs this score. match_limit, weak_limit, tentative_limit: greatest cost of rounds 1, 2 and 3.
+    track_buffer: frames at 30 fps a track may stay lost. official: see `TrackTable`.
+    """
+
+    high: float = 0.6
+    low: float = 0.1
+    birth: float = 0.7
+    match_limit: float = 0.9
+    weak_limit: float = 0.5
+    tentative_limit: float = 0.7
+    track_buffer: int = 30
+    official: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("high", "low", "birth", "match_limit", "weak_limit", "tentative_limit"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name} must lie in 0…1, got {getattr(self, name)}")
+        if self.low > self.high:
+            raise ConfigError(f"low must not exceed high, got low={self.low} and high={self.high}")
+        if self.track_buffer < 0:
+            raise ConfigError(f"track_buffer must not be negative, got {self.track_buffer}")
+
+
+class Byte:
+    """Implements `types.Association`; embeddings are not looked at."""
+
+    def __init__(
+        self, config: ByteConfig | None = None, *, frame_rate: float = 30.0, names: tuple[str, ...] = ()
+    ) -> None:
+        self.config = config or ByteConfig()
+        buffer = buffer_frames(frame_rate, self.config.track_buffer)
+        self.table = TrackTable(buffer=buffer, official=self.config.official, names=names)
+
+    def update(self, frame_index: int, detections: Detections) -> Tracks:
+        """The tracks seen in this frame. Frame indices must grow; gaps count as time passed."""
+        config = self.config
+        step = Step(self.table, detections)
+        score = detections.score
+        confident = score > config.high
+        # Strictly between, as published: a score of exactly `high` is neither confident nor weak.
+        weak = (score > config.low) & (score < config.high)
+
+        pairs = step.overlapping(step.status != TENTATIVE, confident)
+        step.take(self._weighted(pairs, score), config.match_limit)
+        step.take(step.overlapping(step.status == TRACKED, weak), config.weak_limit)
+        pairs = step.overlapping(step.status == TENTATIVE, confident)
+        step.take(self._weighted(pairs, score), config.tentative_limit)
+        return step.finish(frame_index, newborn=confident & (score >= config.birth))
+
+    @staticmethod
+    def _weighted(pairs: Pairs, score: Floats) -> Pairs:
+        """1 − IoU · score (`yolox/tracker/matching.py:fuse_score`)."""
+        return pairs._replace(cost=1.0 - (1.0 - pairs.cost) * score[pairs.column])

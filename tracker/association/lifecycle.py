@@ -1,0 +1,191 @@
+"""The tracks of one source as a table, and the events of their lives.
+
+A track is born tentative, becomes tracked at its second match (in the very first frame at once), is lost
+when a frame passes without a match, and ends when it stays lost for longer than the buffer. Tentative
+tracks end at the first frame without a match. One column per living track, nothing else is kept: memory
+is bounded by the number of tracks alive, however long the stream.
+
+Which detection goes to which track is decided elsewhere; see jde.py and byte.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracker import kalman
+from tracker.errors import ConfigError
+from tracker.matching import Indices, overlaps
+from tracker.types import Detections, Tracks
+
+Array = NDArray[Any]
+
+TENTATIVE, TRACKED, LOST, ENDED = range(4)
+
+# Two tracks on one object: 1 − IoU below this (FairMOT and ByteTrack, `remove_duplicate_stracks`).
+DUPLICATE_DISTANCE = 0.15
+
+
+def measurements(xyxy: Array) -> NDArray[np.float64]:
+    """(N, 4) corners → (4, N) float64 of cx, cy, a, h: the filter's coordinates."""
+    corners = xyxy.T.astype(np.float64)
+    size = corners[2:] - corners[:2]
+    xyah = np.empty_like(corners)
+    np.add(corners[:2], size / 2, out=xyah[:2])
+    # A box without height has no aspect; 0 keeps it harmless where x / 0 would poison the filter.
+    np.divide(size[0], size[1], out=xyah[2], where=size[1] > 0)
+    xyah[2][size[1] <= 0] = 0.0
+    xyah[3] = size[1]
+    return xyah
+
+
+def corners(mean: Array) -> NDArray[np.float64]:
+    """(4, N) cx, cy, a, h → (N, 4) corners."""
+    half_height = mean[3] / 2
+    half_width = mean[2] * half_height
+    xyxy = np.empty((mean.shape[1], 4))
+    np.subtract(mean[0], half_width, out=xyxy[:, 0])
+    np.subtract(mean[1], half_height, out=xyxy[:, 1])
+    np.add(mean[0], half_width, out=xyxy[:, 2])
+    np.add(mean[1], half_height, out=xyxy[:, 3])
+    return xyxy
+
+
+def normalised(vectors: Array) -> NDArray[np.float32]:
+    """Rows scaled to length 1 in float32; a zero row stays zero and so resembles nothing."""
+    rows = vectors.astype(np.float32, copy=False)
+    length = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    length[length == 0.0] = 1.0
+    return rows / length[:, None]
+
+
+def buffer_frames(frame_rate: float, track_buffer: int) -> int:
+    """How many frames a track may stay lost: track_buffer is counted at 30 fps, as in the official code."""
+    if not frame_rate > 0:
+        raise ConfigError(f"frame_rate must be greater than 0, got {frame_rate}")
+    return int(frame_rate / 30.0 * track_buffer)
+
+
+class TrackTable:
+    """Living tracks, column by column, in order of birth.
+
+    official: keep three habits of FairMOT's and ByteTrack's published code that parity needs and that
+    are bugs otherwise: tentative tracks are not predicted; boxes are measured with cython_bbox's
+    +1 pixel; a track that expires stays matchable for one more frame, and if it is matched then, its
+    next loss ends it at once.
+    """
+
+    # Moving average of the appearance (FairMOT, `STrack.alpha`; JDE, section 3.5 of its paper).
+    feature_momentum = np.float32(0.9)
+
+    def __init__(self, *, buffer: int, official: bool, names: tuple[str, ...] = ()) -> None:
+        self.buffer, self.official, self.names = buffer, official, names
+        self.pixel = 1.0 if official else 0.0
+        self.started = False
+        self.next_id = 1
+        self.id = np.empty(0, np.int64)
+        self.status = np.empty(0, np.int8)
+        self.label = np.empty(0, np.int64)
+        self.score = np.empty(0, np.float64)
+        self.born = np.empty(0, np.int64)
+        self.seen = np.empty(0, np.int64)
+        self.expired = np.empty(0, bool)  # official only: on the list of removed ids
+        self.state = np.empty((5, 4, 0))
+        self.feature: NDArray[np.float32] | None = None  # (N, D) unit rows, where the tracker wants them
+
+    def __len__(self) -> int:
+        return len(self.id)
+
+    def predict(self) -> None:
+        """Move every track one frame on. A track that is not being seen keeps its height."""
+        self.state[kalman.VELOCITY, kalman.HEIGHT][self.status == LOST] = 0.0
+        predicted = kalman.predict(self.state)
+        if self.official:
+            still = self.status == TENTATIVE
+            predicted[:, :, still] = self.state[:, :, still]
+        self.state = predicted
+
+    def boxes(self, rows: Indices | slice) -> NDArray[np.float64]:
+        """(R, 4) corners of the filtered boxes."""
+        return corners(self.state[kalman.MEAN][:, rows])
+
+    def correct(
+        self, frame: int, rows: Indices, detections: Detections, chosen: Indices, xyah: Array
+    ) -> None:
+        """Tracks `rows` were matched with detections `chosen`; xyah: (4, N) of all the detections."""
+        self.state[:, :, rows] = kalman.update(self.state[:, :, rows], xyah[:, chosen])
+        self.status[rows] = TRACKED
+        self.seen[rows] = frame
+        self.score[rows] = detections.score[chosen]
+        if self.feature is not None and detections.embedding is not None:
+            blend = self.feature_momentum * self.feature[rows]
+            blend += (1 - self.feature_momentum) * detections.embedding[chosen]
+            self.feature[rows] = normalised(blend)
+
+    def start(self, frame: int, detections: Detections, chosen: Indices, xyah: Array) -> None:
+        """Begin a tentative track for each chosen detection; in the first frame it counts at once."""
+        count = len(chosen)
+        status = TENTATIVE if self.started else TRACKED
+        self.started = True
+        if not count:
+            return
+        self.id = np.append(self.id, np.arange(self.next_id, self.next_id + count))
+        self.next_id += count
+        self.status = np.append(self.status, np.full(count, status, np.int8))
+        self.label = np.append(self.label, detections.label[chosen])
+        self.score = np.append(self.score, detections.score[chosen])
+        self.born = np.append(self.born, np.full(count, frame))
+        self.seen = np.append(self.seen, np.full(count, frame))
+        self.expired = np.append(self.expired, np.zeros(count, bool))
+        self.state = np.concatenate((self.state, kalman.initiate(xyah[:, chosen])), axis=2)
+        if self.feature is not None and detections.embedding is not None:
+            self.feature = np.concatenate((self.feature, detections.embedding[chosen]), dtype=np.float32)
+
+    def miss(self, rows: Indices) -> None:
+        """Tracks `rows` went without a match: tentative ones end, the others are lost."""
+        self.status[rows] = np.where(self.status[rows] == TENTATIVE, ENDED, LOST)
+
+    def end_overdue(self, frame: int) -> None:
+        """End what has been lost for longer than the buffer."""
+        lost = self.status == LOST
+        overdue = lost & (frame - self.seen > self.buffer)
+        if self.official:
+            self.status[lost & self.expired] = ENDED
+            self.expired |= overdue
+        else:
+            self.status[overdue] = ENDED
+
+    def end_duplicates(self) -> None:
+        """Of a seen and a lost track on one spot, the one with the shorter life ends (a tie: the seen)."""
+        lost = (self.status == LOST).nonzero()[0]
+        if not len(lost):
+            return
+        seen = (self.status <= TRACKED).nonzero()[0]
+        pairs = overlaps(self.boxes(seen), self.boxes(lost), pixel=self.pixel)
+        pairs = pairs.keep(pairs.cost < DUPLICATE_DISTANCE)
+        seen, lost = seen[pairs.row], lost[pairs.column]
+        same = self.label[seen] == self.label[lost]
+        seen, lost = seen[same], lost[same]
+        life = self.seen - self.born
+        seen_wins = life[seen] > life[lost]
+        self.status[lost[seen_wins]] = ENDED
+        self.status[seen[~seen_wins]] = ENDED
+
+    def report(self) -> Tracks:
+        """Forget what has ended; the tracked ones are the frame's result."""
+        alive = self.status != ENDED
+        if not alive.all():
+            for column in ("id", "status", "label", "score", "born", "seen", "expired", "feature"):
+                values = getattr(self, column)
+                setattr(self, column, None if values is None else values[alive])
+            self.state = self.state[:, :, alive]
+        shown = (self.status == TRACKED).nonzero()[0]
+        return Tracks(
+            id=self.id[shown],
+            xyxy=self.boxes(shown),
+            score=self.score[shown],
+            label=self.label[shown],
+            names=self.names,
+        )
