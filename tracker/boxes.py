@@ -59,7 +59,9 @@ def iou(a_xyxy: Array, b_xyxy: Array, *, pixel: float = 0.0) -> Array:
     inter = width * height
     area_a = (ax2 - ax1 + pixel) * (ay2 - ay1 + pixel)
     union = area_a + (bx2 - bx1 + pixel) * (by2 - by1 + pixel) - inter
-    return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
+    # inter is 0 wherever union is: any divisor will do there.
+    shared: Array = inter / np.maximum(union, np.finfo(np.float64).tiny)
+    return shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,8 @@ class Fit:
     def to_source(self, xyxy: Array) -> Array:
         """(..., 4) corners in the network input → corners in source pixels, unclipped."""
         scale = np.array(self.source_size, np.float64) / np.array(self.resized)
-        return (xyxy - np.tile(self.offset, 2)) * np.tile(scale, 2)
+        source: Array = (xyxy - np.tile(self.offset, 2)) * np.tile(scale, 2)
+        return source
 
 
 def fit_corner(source_size: tuple[int, int], input_size: tuple[int, int]) -> Fit:

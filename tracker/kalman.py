@@ -89,7 +89,8 @@ def squared_mahalanobis(mean: Array, variance: Array, xyah: Array) -> Array:
     difference = xyah - mean
     difference *= difference
     difference /= variance
-    return difference.sum(axis=0)
+    total: Array = difference.sum(axis=0)
+    return total
 
 
 def dense(state: Array) -> tuple[Array, Array]:

@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tracker.association.lifecycle import TENTATIVE, TRACKED, TrackTable, buffer_frames
+from tracker.association.settings import check_settings
 from tracker.association.step import Step
-from tracker.errors import ConfigError
 from tracker.matching import Pairs
 from tracker.types import Detections, Floats, Tracks
 
@@ -38,13 +38,12 @@ class ByteConfig:
     official: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("high", "low", "birth", "match_limit", "weak_limit", "tentative_limit"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"{name} must lie in 0…1, got {getattr(self, name)}")
-        if self.low > self.high:
-            raise ConfigError(f"low must not exceed high, got low={self.low} and high={self.high}")
-        if self.track_buffer < 0:
-            raise ConfigError(f"track_buffer must not be negative, got {self.track_buffer}")
+        check_settings(self)
+
+    @classmethod
+    def bytetrack(cls) -> ByteConfig:
+        """Reproduces the published ByteTrack, row for row."""
+        return cls(official=True)
 
 
 class Byte:
@@ -58,9 +57,9 @@ class Byte:
         self.table = TrackTable(buffer=buffer, official=self.config.official, names=names)
 
     def update(self, frame_index: int, detections: Detections) -> Tracks:
-        """The tracks seen in this frame. Frame indices must grow; gaps count as time passed."""
+        """The tracks seen in this frame. Frame indices must grow; a gap counts as time passed."""
         config = self.config
-        step = Step(self.table, detections)
+        step = Step(self.table, frame_index, detections)
         score = detections.score
         confident = score > config.high
         # Strictly between, as published: a score of exactly `high` is neither confident nor weak.
@@ -71,7 +70,7 @@ class Byte:
         step.take(step.overlapping(step.status == TRACKED, weak), config.weak_limit)
         pairs = step.overlapping(step.status == TENTATIVE, confident)
         step.take(self._weighted(pairs, score), config.tentative_limit)
-        return step.finish(frame_index, newborn=confident & (score >= config.birth))
+        return step.finish(newborn=confident & (score >= config.birth))
 
     @staticmethod
     def _weighted(pairs: Pairs, score: Floats) -> Pairs:

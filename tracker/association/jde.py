@@ -1,10 +1,13 @@
 """JDE association: appearance and motion first, overlap second (FairMOT, Zhang et al., IJCV 2021, §3.4).
 
 Each frame:
-1. Tracked and lost tracks against detections, by cosine distance of the embeddings inside the Kalman gate.
-2. Tracked tracks still without a match against the detections left, by IoU.
-3. Tentative tracks against what is left, by IoU.
-Detections that remain start new tracks. A detector's class is never crossed.
+1. Tracked and lost tracks against confident detections, by cosine distance of the embeddings inside the
+   Kalman gate.
+2. Tracked tracks still without a match against the confident detections left, by IoU.
+3. Tracked tracks still without a match against weak detections, by IoU: BYTE's second chance, which its
+   paper (ECCV 2022, table 5) shows to help FairMOT too.
+4. Tentative tracks against the confident detections left, by IoU.
+Confident detections that remain start new tracks. A detector's class is never crossed.
 """
 
 from __future__ import annotations
@@ -14,35 +17,41 @@ from dataclasses import dataclass
 import numpy as np
 
 from tracker.association.lifecycle import TENTATIVE, TRACKED, TrackTable, buffer_frames, normalised
+from tracker.association.settings import check_settings
 from tracker.association.step import Step
-from tracker.errors import ConfigError, DetectionsError
-from tracker.types import Detections, Floats, Tracks
+from tracker.errors import DetectionsError
+from tracker.types import Detections, Tracks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JdeConfig:
-    """Defaults are FairMOT's (`src/lib/opts.py`, `src/lib/tracker/multitracker.py`).
+    """Defaults are FairMOT's (`src/lib/opts.py`, `src/lib/tracker/multitracker.py`), but for two.
 
-    score: detections must exceed this. appearance_limit: greatest cost of round 1, which is
-    motion_weight · squared Mahalanobis distance + (1 − motion_weight) · cosine distance.
-    overlap_limit, tentative_limit: greatest 1 − IoU of rounds 2 and 3. track_buffer: frames at 30 fps a
-    track may stay lost. official: see `TrackTable`.
+    high: detections above it are confident; low: weak ones lie between low and high (FairMOT has none).
+    appearance_limit: greatest cost of round 1, which is motion_weight · squared Mahalanobis distance +
+    (1 − motion_weight) · cosine distance (FairMOT: 0.4; 0.35 keeps identities apart better wherever
+    round 2 can pick up what is refused, see docs/log.md). overlap_limit, weak_limit, tentative_limit:
+    greatest 1 − IoU of rounds 2 to 4. track_buffer: frames at 30 fps a track may stay lost.
+    official: see `TrackTable`.
     """
 
-    score: float = 0.4
-    appearance_limit: float = 0.4
+    high: float = 0.4
+    low: float = 0.1
+    appearance_limit: float = 0.35
     motion_weight: float = 0.02
     overlap_limit: float = 0.5
+    weak_limit: float = 0.5
     tentative_limit: float = 0.7
     track_buffer: int = 30
     official: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("score", "appearance_limit", "motion_weight", "overlap_limit", "tentative_limit"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"{name} must lie in 0…1, got {getattr(self, name)}")
-        if self.track_buffer < 0:
-            raise ConfigError(f"track_buffer must not be negative, got {self.track_buffer}")
+        check_settings(self)
+
+    @classmethod
+    def fairmot(cls) -> JdeConfig:
+        """Reproduces the published FairMOT, row for row."""
+        return cls(low=0.4, appearance_limit=0.4, official=True)
 
 
 class Jde:
@@ -56,24 +65,35 @@ class Jde:
         self.table = TrackTable(buffer=buffer, official=self.config.official, names=names)
 
     def update(self, frame_index: int, detections: Detections) -> Tracks:
-        """The tracks seen in this frame. Frame indices must grow; gaps count as time passed."""
-        config = self.config
-        if detections.embedding is None:
-            raise DetectionsError("jde needs embeddings and the detections have none: use the byte tracker")
-        if self.table.feature is None:
-            self.table.feature = np.empty((0, detections.embedding.shape[1]), np.float32)
-        detections = self._confident(detections, detections.embedding)
-        step = Step(self.table, detections)
-        everyone = step.free_detection.copy()
-        step.take(
-            step.resembling(step.status != TENTATIVE, everyone, config.motion_weight), config.appearance_limit
-        )
-        step.take(step.overlapping(step.status == TRACKED, everyone), config.overlap_limit)
-        step.take(step.overlapping(step.status == TENTATIVE, everyone), config.tentative_limit)
-        return step.finish(frame_index, newborn=everyone)
+        """The tracks seen in this frame. Frame indices must grow; a gap counts as time passed."""
+        config, table = self.config, self.table
+        detections = self._relevant(detections)
+        embedding = detections.embedding
+        assert embedding is not None
+        if table.feature is None:
+            table.feature = np.empty((0, embedding.shape[1]), np.float32)
+        step = Step(table, frame_index, detections)
+        confident = detections.score > config.high
+        seen, tracked = step.status != TENTATIVE, step.status == TRACKED
 
-    def _confident(self, detections: Detections, embedding: Floats) -> Detections:
-        keep = detections.score > self.config.score
+        alike = step.resembling(seen, confident, embedding, config.motion_weight)
+        step.take(alike, config.appearance_limit)
+        step.take(step.overlapping(tracked, confident), config.overlap_limit)
+        step.take(step.overlapping(tracked, ~confident), config.weak_limit)
+        step.take(step.overlapping(~seen, confident), config.tentative_limit)
+        return step.finish(newborn=confident)
+
+    def _relevant(self, detections: Detections) -> Detections:
+        """Those above `low`, with embeddings of length 1."""
+        embedding = detections.embedding
+        if embedding is None:
+            raise DetectionsError("jde needs embeddings and the detections have none: use the byte tracker")
+        known = self.table.feature
+        if known is not None and embedding.shape[1] != known.shape[1]:
+            raise DetectionsError(
+                f"embeddings have {embedding.shape[1]} numbers, earlier frames had {known.shape[1]}"
+            )
+        keep = detections.score > self.config.low
         return Detections(
             xyxy=detections.xyxy[keep],
             score=detections.score[keep],

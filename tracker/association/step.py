@@ -2,18 +2,20 @@
 
 A tracker is then a short list of rounds, each offering some tracks to some detections:
 
-    step = Step(table, detections)
-    step.take(step.overlapping(tracked, everyone), limit=0.5)
-    return step.finish(frame_index, newborn=everyone)
+    step = Step(table, frame_index, detections)
+    step.take(step.overlapping(step.status == TRACKED, confident), limit=0.5)
+    return step.finish(newborn=confident)
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tracker.association.lifecycle import TrackTable, measurements
-from tracker.matching import Indices, Pairs, assign, cosine_distance, gated, overlaps
+from tracker.matching import NO_PAIRS, Indices, Pairs, assign, cosine_distance, gated, overlaps
 from tracker.types import Detections, Tracks
 
 Mask = NDArray[np.bool_]
@@ -26,9 +28,9 @@ class Step:
     matched is left out by itself.
     """
 
-    def __init__(self, table: TrackTable, detections: Detections) -> None:
-        self.table, self.detections = table, detections
-        table.predict()
+    def __init__(self, table: TrackTable, frame: int, detections: Detections) -> None:
+        self.table, self.frame, self.detections = table, frame, detections
+        self.first = table.advance(frame)
         self.status = table.status
         self.predicted = table.boxes(slice(None))  # (N, 4)
         self.xyxy = detections.xyxy.astype(np.float64)  # (M, 4)
@@ -40,31 +42,44 @@ class Step:
     def overlapping(self, tracks: Mask, detections: Mask) -> Pairs:
         """Overlapping pairs of the free ones among these, at cost 1 − IoU."""
         rows, columns = self._free(tracks, detections)
-        pairs = overlaps(self.predicted[rows], self.xyxy[columns], pixel=self.table.pixel)
-        return self._of_one_class(Pairs(rows[pairs.row], columns[pairs.column], pairs.cost))
+        if not (len(rows) and len(columns)):  # the later rounds often have nobody left, and calls cost
+            return NO_PAIRS
+        return self._of_one_class(overlaps(self.predicted[rows], self.xyxy[columns]), rows, columns)
 
-    def resembling(self, tracks: Mask, detections: Mask, motion_weight: float) -> Pairs:
-        """Pairs inside the Kalman gate, at (1 − w) · cosine distance + w · squared Mahalanobis distance."""
+    def resembling(
+        self, tracks: Mask, detections: Mask, embedding: NDArray[Any], motion_weight: float
+    ) -> Pairs:
+        """Pairs inside the Kalman gate, at (1 − w) · cosine distance + w · squared Mahalanobis distance.
+
+        embedding: (M, D) unit rows of the detections.
+        """
         rows, columns = self._free(tracks, detections)
-        pairs = gated(self.table.state[:, :, rows], self.xyah[:, columns])
-        pairs = self._of_one_class(Pairs(rows[pairs.row], columns[pairs.column], pairs.cost))
-        distance = cosine_distance(pairs, self.table.feature, self.detections.embedding)
+        feature = self.table.feature
+        if feature is None or not (len(rows) and len(columns)):
+            return NO_PAIRS
+        near = gated(self.table.state[:, :, rows], self.xyah[:, columns])
+        pairs = self._of_one_class(near, rows, columns)
+        distance = cosine_distance(pairs, feature, embedding)
         return pairs._replace(cost=(1.0 - motion_weight) * distance + motion_weight * pairs.cost)
 
     def take(self, pairs: Pairs, limit: float) -> None:
         """Assign at the least total cost, no pair above the limit (see `matching.assign`)."""
+        if not len(pairs.row):
+            return
         row, column = assign(pairs, limit, len(self.free_track), len(self.free_detection))
         self.free_track[row] = False
         self.free_detection[column] = False
         self._matches.append((row, column))
 
-    def finish(self, frame: int, newborn: Mask) -> Tracks:
+    def finish(self, newborn: Mask) -> Tracks:
         """Settle: matched tracks are corrected, the rest missed; free detections in `newborn` are born."""
-        table = self.table
-        rows, chosen = (np.concatenate(part) for part in zip(*self._matches, strict=True))
-        table.correct(frame, rows, self.detections, chosen, self.xyah)
+        table, frame, detections = self.table, self.frame, self.detections
+        if self._matches:
+            rows, chosen = (np.concatenate(part) for part in zip(*self._matches, strict=True))
+            table.correct(frame, rows, detections, chosen, self.xyah)
         table.miss(self.free_track.nonzero()[0])
-        table.start(frame, self.detections, (self.free_detection & newborn).nonzero()[0], self.xyah)
+        born = (self.free_detection & newborn).nonzero()[0]
+        table.start(frame, detections, born, self.xyah, confirmed=self.first)
         table.end_overdue(frame)
         table.end_duplicates()
         return table.report()
@@ -72,6 +87,8 @@ class Step:
     def _free(self, tracks: Mask, detections: Mask) -> tuple[Indices, Indices]:
         return (self.free_track & tracks).nonzero()[0], (self.free_detection & detections).nonzero()[0]
 
-    def _of_one_class(self, pairs: Pairs) -> Pairs:
+    def _of_one_class(self, pairs: Pairs, rows: Indices, columns: Indices) -> Pairs:
+        """Pairs counted within `rows` and `columns` → pairs of the whole table, across no two classes."""
+        pairs = Pairs(rows[pairs.row], columns[pairs.column], pairs.cost)
         same = self.table.label[pairs.row] == self.detections.label[pairs.column]
         return pairs if same.all() else pairs.keep(same)
