@@ -200,18 +200,31 @@ class Pending(Protocol):
 
 
 class Frontend(Protocol):
-    """A detector: frames in, detections in source pixels out, one list entry per frame."""
+    """A detector: frames in, detections in source pixels out, one list entry per frame.
+
+    embeds: whether detections carry embeddings. seconds: spent so far, by stage, in order.
+    """
 
     names: tuple[str, ...]
     max_batch: int
-    embeds: bool  # whether detections carry embeddings
+    embeds: bool
 
+    @property
+    def seconds(self) -> Mapping[str, float]: ...
     def submit(self, frames: Sequence[Frame]) -> Pending: ...
+    def close(self) -> None: ...
 
 
 class Association(Protocol):
-    """Turns each frame's detections into tracks. Empty frames count too: time passes."""
+    """Turns each frame's detections into tracks. Empty frames count too: time passes.
 
+    config: its settings, a dataclass. confirmed: tracks that were ever reported.
+    """
+
+    @property
+    def config(self) -> Any: ...
+    @property
+    def confirmed(self) -> int: ...
     def update(self, frame_index: int, detections: Detections) -> Tracks: ...
 
 

@@ -56,6 +56,11 @@ class Byte:
         buffer = buffer_frames(frame_rate, self.config.track_buffer)
         self.table = TrackTable(buffer=buffer, official=self.config.official, names=names)
 
+    @property
+    def confirmed(self) -> int:
+        """How many tracks were ever reported."""
+        return self.table.confirmed
+
     def update(self, frame_index: int, detections: Detections) -> Tracks:
         """The tracks seen in this frame. Frame indices must grow; a gap counts as time passed."""
         config = self.config

@@ -10,6 +10,7 @@ Which detection goes to which track is decided elsewhere; see jde.py and byte.py
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -78,8 +79,8 @@ def normalised(vectors: Array) -> NDArray[np.float32]:
 
 def buffer_frames(frame_rate: float, track_buffer: int) -> int:
     """How many frames a track may stay lost: track_buffer is counted at 30 fps, as in the official code."""
-    if not frame_rate > 0:
-        raise ConfigError(f"frame_rate must be greater than 0, got {frame_rate}")
+    if not 0 < frame_rate < math.inf:
+        raise ConfigError(f"frame_rate must be a finite number greater than 0, got {frame_rate}")
     return int(frame_rate / 30.0 * track_buffer)
 
 
@@ -96,6 +97,7 @@ class TrackTable:
         self.buffer, self.official, self.names = buffer, official, names
         self.frame: int | None = None
         self.next_id = 1
+        self.confirmed = 0  # tracks that have been seen twice, or in the first frame, so far
         self.id = np.empty(0, np.int64)
         self.status = np.empty(0, np.int8)
         self.label = np.empty(0, np.int64)
@@ -111,13 +113,20 @@ class TrackTable:
         return len(self.id)
 
     def advance(self, frame: int) -> bool:
-        """Predict every track to this frame; True if it is the first one. Frames must come in order."""
+        """Predict every track to this frame; True if it is the first one. Frames must come in order.
+
+        Frames left out are time, but nobody looked: they count towards the buffer and are no misses.
+        """
         first = self.frame is None
         if self.frame is not None:
             if frame <= self.frame:
                 raise ConfigError(f"frame {frame} comes after frame {self.frame}: frames must be in order")
+            gap = frame - self.frame
+            if gap > 1:
+                self.status[frame - 1 - self.seen > self.buffer] = ENDED
+                self._forget_ended()
             # Beyond the buffer there is nobody left to predict for.
-            for _ in range(min(frame - self.frame, self.buffer + 2)):
+            for _ in range(min(gap, self.buffer + 1)):
                 self._predict()
         self.frame = frame
         return first
@@ -142,6 +151,7 @@ class TrackTable:
     ) -> None:
         """Tracks `rows` were matched with detections `chosen`; xyah: (4, M) of all the detections."""
         self.state[:, :, rows] = kalman.update(self.state[:, :, rows], xyah[:, chosen])
+        self.confirmed += int(np.count_nonzero(self.status[rows] == TENTATIVE))
         self.status[rows] = TRACKED
         self.seen[rows] = frame
         self.score[rows] = detections.score[chosen]
@@ -164,6 +174,7 @@ class TrackTable:
             return
         self.id = np.append(self.id, np.arange(self.next_id, self.next_id + count))
         self.next_id += count
+        self.confirmed += count if confirmed else 0
         self.status = np.append(self.status, np.full(count, TRACKED if confirmed else TENTATIVE, np.int8))
         self.label = np.append(self.label, detections.label[chosen])
         self.score = np.append(self.score, detections.score[chosen])
@@ -201,24 +212,17 @@ class TrackTable:
         self.status[lost[seen_wins]] = ENDED
         self.status[seen[~seen_wins]] = ENDED
 
-    def report(self) -> Tracks:
-        """Forget what has ended; the tracked ones are the frame's result."""
+    def _forget_ended(self) -> None:
         alive = self.status != ENDED
         if not alive.all():
-            for column in (
-                "id",
-                "status",
-                "label",
-                "score",
-                "born",
-                "seen",
-                "expired",
-                "detected",
-                "feature",
-            ):
+            for column in _COLUMNS:
                 values = getattr(self, column)
                 setattr(self, column, None if values is None else values[alive])
             self.state = self.state[:, :, alive]
+
+    def report(self) -> Tracks:
+        """Forget what has ended; the tracked ones are the frame's result."""
+        self._forget_ended()
         shown = (self.status == TRACKED).nonzero()[0]
         xyxy = self.boxes(shown) if self.official else self.detected[shown]
         if self.official:
