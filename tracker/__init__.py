@@ -32,5 +32,3 @@ __all__ = [
     "Tracks",
     "track",
 ]
-
-__version__ = "0.1.0"

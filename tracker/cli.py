@@ -12,11 +12,11 @@ import signal
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from tracker import __version__
 from tracker.errors import ConfigError, TrackerError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--config", metavar="FILE", type=Path, default=None, help="TOML file with any of these options")
     option("--quiet", action="store_true", default=False, help="print nothing but warnings and errors")
     option("--debug", action="store_true", default=False, help="show the traceback of an error")
-    option("--version", action="version", version=f"track {__version__}")
+    option("--version", action="version", version=f"track {version('tracker')}")
     return parser
 
 
