@@ -29,7 +29,8 @@ class Image:
 
     format: "yuv" (three 8-bit planes Y, U, V; the chroma planes may be smaller in either direction) or
         "bgr" (one (H, W, 3) plane).
-    planes: uint8 arrays, already upright: rotation metadata has been applied. Read-only by convention.
+    planes: uint8 arrays, already upright: rotation metadata has been applied. Read-only by convention; a
+        row's pixels are contiguous, rows need not be.
     matrix, full_range: how Y, U, V become R, G, B (ITU-R BT.601/709/2020; full range is 0–255, else
         16–235/240). Meaningless for "bgr".
     """
@@ -44,7 +45,8 @@ class Image:
 class Frame:
     """One decoded frame of one source.
 
-    index: 0-based position among the frames this source delivered.
+    index: 0-based position in the source's order of presentation. Damaged frames are not delivered but keep
+        their number, so there may be gaps.
     pts_seconds: presentation time in seconds on the source's own clock (need not start at 0).
     size: (width, height) in pixels of the upright image; track boxes are in these pixels.
     image: None only where detections are replayed without a video.
