@@ -4,6 +4,7 @@
     ├── ConfigError           an option, a configuration file or a manifest says something impossible
     ├── SourceError           a video, directory or stream cannot be opened or read
     ├── EngineError           an engine cannot be loaded or does not fit its front end
+    ├── CheckpointError       weights cannot be loaded or belong to another network
     ├── DetectionsError       numbers that no tracker may accept: NaN, inf, wrong shapes
     └── SinkError             results cannot be written
 
@@ -25,6 +26,10 @@ class SourceError(TrackerError):
 
 class EngineError(TrackerError):
     """An engine that cannot be loaded, or does not fit its front end."""
+
+
+class CheckpointError(TrackerError):
+    """Weights that cannot be loaded, or that belong to another network."""
 
 
 class DetectionsError(TrackerError):

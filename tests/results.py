@@ -1,0 +1,86 @@
+"""Frames and tracks to write into results, and how much of them a result holds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from tracker.types import Frame, Image, Tracks
+
+SUFFIXES = {"mot": ".txt", "jsonl": ".jsonl", "video": ".mp4"}
+Number = int | float
+
+
+def tracks_of(*rows: tuple[Number, ...], names: tuple[str, ...] = ("person", "car")) -> Tracks:
+    """Rows of id, x1, y1, x2, y2, score, label."""
+    table = np.array(rows, np.float64).reshape(-1, 7)
+    return Tracks(
+        id=table[:, 0].astype(np.int64),
+        xyxy=table[:, 1:5].astype(np.float32),
+        score=table[:, 5],
+        label=table[:, 6].astype(np.int64),
+        names=names,
+    )
+
+
+def bgr_image(size: tuple[int, int], colour: tuple[int, int, int] = (90, 120, 60)) -> Image:
+    return Image(format="bgr", planes=(np.full((size[1], size[0], 3), colour, np.uint8),))
+
+
+def noise_image(seed: int, size: tuple[int, int] = (160, 120)) -> Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    return Image(format="bgr", planes=(pixels,))
+
+
+def frame_of(index: int, *, image: Image | None = None, pts_seconds: float | None = None) -> Frame:
+    image = image or bgr_image((64, 48))
+    height, width = image.planes[0].shape[:2]
+    pts_seconds = index / 10 if pts_seconds is None else pts_seconds
+    return Frame(index=index, pts_seconds=pts_seconds, size=(width, height), image=image)
+
+
+def decode(path: Path) -> list[av.VideoFrame]:
+    with av.open(path) as container:
+        return list(container.decode(video=0))
+
+
+ONE_TRACK = tracks_of((1, 10, 20, 30, 45, 0.5, 0))
+NO_TRACKS = tracks_of()
+
+
+def frames_in(path: Path) -> int:
+    """How many frames a result holds; every line of a text result must be whole."""
+    if path.suffix == ".mp4":
+        return len(decode(path))
+    lines = path.read_text().splitlines(keepends=True)
+    assert all(line.endswith("\n") for line in lines)
+    if path.suffix == ".jsonl":
+        return len([json.loads(line) for line in lines])
+    rows = [line.split(",") for line in lines]
+    assert all(len(row) == 10 for row in rows)
+    return len({row[0] for row in rows})
+
+
+@contextmanager
+def small_disk(parent: Path, options: str) -> Iterator[Path]:
+    """A file system of one's own, mounted with the given options; skips where that takes more rights."""
+    path = parent / "disk"
+    path.mkdir()
+    try:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no mount command here")
+    if done.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {done.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
