@@ -1,8 +1,7 @@
 """Boxes as geometry: conversions, IoU, and fitting an image into a network's input.
 
 Pure functions over NumPy arrays; knows nothing of tracks, detectors or pixels' colours.
-Formats are in the names: xyxy are corners, xywh the top-left corner and size, xyah the centre,
-aspect ratio width/height, and height.
+Formats are in the names: xyxy are corners, xywh the top-left corner and size.
 """
 
 from __future__ import annotations
@@ -24,24 +23,6 @@ def xywh_to_xyxy(xywh: Array) -> Array:
 def xyxy_to_xywh(xyxy: Array) -> Array:
     """(..., 4) corners → top-left and size."""
     return np.concatenate((xyxy[..., :2], xyxy[..., 2:] - xyxy[..., :2]), axis=-1)
-
-
-def xyxy_to_xyah(xyxy: Array) -> NDArray[np.float64]:
-    """(..., 4) corners → centre, width/height, height. A box without height gets aspect 0, not inf."""
-    low, size = xyxy[..., :2].astype(np.float64), (xyxy[..., 2:] - xyxy[..., :2]).astype(np.float64)
-    xyah = np.empty(xyxy.shape, np.float64)
-    xyah[..., :2] = low + size / 2
-    xyah[..., 2] = np.divide(
-        size[..., 0], size[..., 1], out=np.zeros_like(size[..., 0]), where=size[..., 1] > 0
-    )
-    xyah[..., 3] = size[..., 1]
-    return xyah
-
-
-def xyah_to_xyxy(xyah: Array) -> Array:
-    """(..., 4) centre, width/height, height → corners."""
-    half = np.stack((xyah[..., 2] * xyah[..., 3] / 2, xyah[..., 3] / 2), axis=-1)
-    return np.concatenate((xyah[..., :2] - half, xyah[..., :2] + half), axis=-1)
 
 
 def iou(a_xyxy: Array, b_xyxy: Array, *, pixel: float = 0.0) -> Array:

@@ -28,24 +28,39 @@ HEIGHT = 3
 # The 0.95 quantile of χ² with 4 degrees of freedom: a gate that loses one true match in twenty.
 GATE = 9.4877
 
+# A box without height would otherwise have no noise at all, and its first update would be 0 / 0. Too
+# small to change a single bit for boxes higher than 0.01 pixels.
+_LEAST_VARIANCE = 1e-30
+
+
+def _variances(of_height: float, aspect_std: float) -> tuple[Array, Array]:
+    """What to multiply h² by, and what to add: (of_height · h)² for cx, cy, h and aspect_std² for a."""
+    scale = np.full((4, 1), of_height**2)
+    absolute = np.full((4, 1), _LEAST_VARIANCE)
+    scale[2], absolute[2] = 0.0, aspect_std**2
+    return scale, absolute
+
+
 # Standard deviations, as fractions of the height for cx, cy, h and absolute for the aspect ratio
 # (DeepSORT's published parameters, kept by JDE, FairMOT and ByteTrack).
 _POSITION, _VELOCITY = 1 / 20, 1 / 160
-_OF_HEIGHT = np.array([[1.0], [1.0], [0.0], [1.0]])
-_OF_ASPECT = 1.0 - _OF_HEIGHT
+_NEW_POSITION, _NEW_VELOCITY = _variances(2 * _POSITION, 1e-2), _variances(10 * _VELOCITY, 1e-5)
+_STEP_POSITION, _STEP_VELOCITY = _variances(_POSITION, 1e-2), _variances(_VELOCITY, 1e-5)
+_MEASUREMENT = _variances(_POSITION, 1e-1)
 
 
-def _noise(height: Array, of_height: float, aspect_std: float) -> Array:
-    """(N,) heights → (4, N) variances: (of_height · h)² for cx, cy, h and aspect_std² for a."""
-    return (_OF_HEIGHT * of_height**2) * (height * height) + _OF_ASPECT * aspect_std**2
+def _noise(height: Array, variances: tuple[Array, Array]) -> Array:
+    """(N,) heights → (4, N) variances."""
+    scale, absolute = variances
+    return scale * (height * height) + absolute
 
 
 def initiate(xyah: Array) -> Array:
     """New states at rest from measurements (4, N); the unknown velocity gets a wide variance."""
     state = np.zeros((5, *xyah.shape))
     state[MEAN] = xyah
-    state[VARIANCE] = _noise(xyah[HEIGHT], 2 * _POSITION, 1e-2)
-    state[VELOCITY_VARIANCE] = _noise(xyah[HEIGHT], 10 * _VELOCITY, 1e-5)
+    state[VARIANCE] = _noise(xyah[HEIGHT], _NEW_POSITION)
+    state[VELOCITY_VARIANCE] = _noise(xyah[HEIGHT], _NEW_VELOCITY)
     return state
 
 
@@ -58,14 +73,14 @@ def predict(state: Array) -> Array:
     np.add(state[COVARIANCE], state[VELOCITY_VARIANCE], out=after[COVARIANCE])
     np.add(state[VARIANCE], state[COVARIANCE], out=after[VARIANCE])
     after[VARIANCE] += after[COVARIANCE]
-    after[VARIANCE] += _noise(height, _POSITION, 1e-2)
-    np.add(state[VELOCITY_VARIANCE], _noise(height, _VELOCITY, 1e-5), out=after[VELOCITY_VARIANCE])
+    after[VARIANCE] += _noise(height, _STEP_POSITION)
+    np.add(state[VELOCITY_VARIANCE], _noise(height, _STEP_VELOCITY), out=after[VELOCITY_VARIANCE])
     return after
 
 
 def project(state: Array) -> tuple[Array, Array]:
     """Where a measurement is expected: its mean (4, N) and the diagonal of its covariance (4, N)."""
-    return state[MEAN], state[VARIANCE] + _noise(state[MEAN, HEIGHT], _POSITION, 1e-1)
+    return state[MEAN], state[VARIANCE] + _noise(state[MEAN, HEIGHT], _MEASUREMENT)
 
 
 def update(state: Array, xyah: Array) -> Array:

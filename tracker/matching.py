@@ -47,14 +47,15 @@ NO_PAIRS = Pairs(_NONE, _NONE, np.empty(0))
 def sweep(a_low: Array, a_high: Array, b_low: Array, b_high: Array) -> tuple[Indices, Indices]:
     """All (i, j) whose intervals may touch, found by sorting; a superset, ascending in i.
 
-    (N,) and (M,) interval ends. What is too much comes from using the widest b for every b.
+    (N,) and (M,) interval ends. What is too much comes from using the widest b for every b. An interval
+    that ends before it begins touches nothing (a prediction can shrink past nothing).
     """
     if not len(a_low) or not len(b_low):
         return _NONE, _NONE
     order = b_low.argsort()
     ordered = b_low[order]
     first = ordered.searchsorted(a_low - (b_high - b_low).max())
-    count = ordered.searchsorted(a_high, "right") - first
+    count = np.maximum(ordered.searchsorted(a_high, "right") - first, 0)
     row = np.arange(len(a_low)).repeat(count)
     # Position within the row's own run, then into the sorted order.
     position = np.arange(len(row)) + (first - count.cumsum() + count)[row]

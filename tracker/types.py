@@ -82,21 +82,23 @@ class Detections:
                 f"detections need xyxy (N, 4), score (N,) and label (N,); got {self.xyxy.shape}, "
                 f"{self.score.shape} and {self.label.shape}"
             )
-        for name in ("xyxy", "score", "embedding"):
-            values = getattr(self, name)
-            if values is None:
-                continue
-            # One dot product sees every NaN and inf, and is far cheaper than isfinite().all(); the
-            # exact test follows only when it objects (finite values can overflow the product).
-            flat = values.reshape(-1)
-            if not np.isfinite(np.dot(flat, flat)) and not np.isfinite(flat).all():
-                row = int(np.flatnonzero(~np.isfinite(values.reshape(count, -1)).all(axis=1))[0])
-                raise DetectionsError(
-                    f"{name} of detection {row} is not a finite number ({values[row]}): the detector "
-                    "overflowed or was fed garbage; check its precision and preprocessing"
-                )
         if self.embedding is not None and (self.embedding.ndim != 2 or len(self.embedding) != count):
             raise DetectionsError(f"embedding needs shape ({count}, D), got {self.embedding.shape}")
+        with np.errstate(over="ignore"):
+            for name in ("xyxy", "score", "embedding"):
+                values = getattr(self, name)
+                if values is None:
+                    continue
+                # One dot product sees every NaN and inf, and is far cheaper than isfinite().all(). It also
+                # objects to what is so large that its square overflows, which would spoil the filter.
+                flat = values.reshape(-1)
+                if not np.isfinite(np.dot(flat, flat)):
+                    size = np.nan_to_num(np.abs(values), nan=np.inf).reshape(count, -1).max(axis=1)
+                    row = int(size.argmax())
+                    raise DetectionsError(
+                        f"{name} of detection {row} is not a finite number of sensible size ({values[row]}): "
+                        "the detector overflowed or was fed garbage; check its precision and preprocessing"
+                    )
 
     def __len__(self) -> int:
         return len(self.xyxy)
@@ -130,7 +132,7 @@ class Tracks(Sequence[Track]):
         return len(self.id)
 
     def name_of(self, label: int) -> str:
-        return self.names[label] if label < len(self.names) else str(label)
+        return self.names[label] if 0 <= label < len(self.names) else str(label)
 
     @overload
     def __getitem__(self, index: int) -> Track: ...

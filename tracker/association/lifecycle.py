@@ -89,8 +89,9 @@ class TrackTable:
 
     official: do exactly as FairMOT's and ByteTrack's published code does, where we differ on purpose.
     There, tentative tracks are not predicted; lost tracks keep their velocity; a track that expires stays
-    matchable for one more frame, and if it is matched then its next loss ends it at once; the reported
-    box is the filter's mean, which lags behind the detection, and small or wide boxes are not reported.
+    matchable for one more frame, and if it is matched then its next loss ends it at once; of a seen and a
+    lost track on one spot one ends, though it may be hidden exactly behind the other; the reported box is
+    the filter's mean, which lags behind the detection, and small or wide boxes are not reported.
     """
 
     def __init__(self, *, buffer: int, official: bool, names: tuple[str, ...] = ()) -> None:

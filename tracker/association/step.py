@@ -81,7 +81,8 @@ class Step:
         born = (self.free_detection & newborn).nonzero()[0]
         table.start(frame, detections, born, self.xyah, confirmed=self.first)
         table.end_overdue(frame)
-        table.end_duplicates()
+        if table.official:
+            table.end_duplicates()
         return table.report()
 
     def _free(self, tracks: Mask, detections: Mask) -> tuple[Indices, Indices]:
