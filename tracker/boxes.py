@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
+_TINY = np.finfo(np.float64).tiny
+
 
 def xywh_to_xyxy(xywh: Array) -> Array:
     """(..., 4) top-left and size → corners."""
@@ -33,15 +35,15 @@ def iou(a_xyxy: Array, b_xyxy: Array, *, pixel: float = 0.0) -> Array:
     Two boxes without area have IoU 0.
     """
     # Component by component: reductions over an axis of two would cost more than the arithmetic.
-    ax1, ay1, ax2, ay2 = (a_xyxy[..., k] for k in range(4))
-    bx1, by1, bx2, by2 = (b_xyxy[..., k] for k in range(4))
+    ax1, ay1, ax2, ay2 = a_xyxy[..., 0], a_xyxy[..., 1], a_xyxy[..., 2], a_xyxy[..., 3]
+    bx1, by1, bx2, by2 = b_xyxy[..., 0], b_xyxy[..., 1], b_xyxy[..., 2], b_xyxy[..., 3]
     width = np.maximum(np.minimum(ax2, bx2) - np.maximum(ax1, bx1) + pixel, 0.0)
     height = np.maximum(np.minimum(ay2, by2) - np.maximum(ay1, by1) + pixel, 0.0)
     inter = width * height
     area_a = (ax2 - ax1 + pixel) * (ay2 - ay1 + pixel)
     union = area_a + (bx2 - bx1 + pixel) * (by2 - by1 + pixel) - inter
     # inter is 0 wherever union is: any divisor will do there.
-    shared: Array = inter / np.maximum(union, np.finfo(np.float64).tiny)
+    shared: Array = inter / np.maximum(union, _TINY)
     return shared
 
 

@@ -151,15 +151,15 @@ class TrackTable:
         self, frame: int, rows: Indices, detections: Detections, chosen: Indices, xyah: Array
     ) -> None:
         """Tracks `rows` were matched with detections `chosen`; xyah: (4, M) of all the detections."""
-        self.state[:, :, rows] = kalman.update(self.state[:, :, rows], xyah[:, chosen])
+        self.state[:, :, rows] = kalman.update(self.state.take(rows, axis=2), xyah.take(chosen, axis=1))
         self.confirmed += int(np.count_nonzero(self.status[rows] == TENTATIVE))
         self.status[rows] = TRACKED
         self.seen[rows] = frame
         self.score[rows] = detections.score[chosen]
-        self.detected[rows] = detections.xyxy[chosen]
+        self.detected[rows] = detections.xyxy.take(chosen, axis=0)
         if self.feature is not None and detections.embedding is not None:
-            blend = FEATURE_MOMENTUM * self.feature[rows]
-            blend += (1 - FEATURE_MOMENTUM) * detections.embedding[chosen]
+            blend = FEATURE_MOMENTUM * self.feature.take(rows, axis=0)
+            blend += (1 - FEATURE_MOMENTUM) * detections.embedding.take(chosen, axis=0)
             self.feature[rows] = normalised(blend)
 
     def miss(self, rows: Indices) -> None:
@@ -225,7 +225,7 @@ class TrackTable:
         """Forget what has ended; the tracked ones are the frame's result."""
         self._forget_ended()
         shown = (self.status == TRACKED).nonzero()[0]
-        xyxy = self.boxes(shown) if self.official else self.detected[shown]
+        xyxy = self.boxes(shown) if self.official else self.detected.take(shown, axis=0)
         if self.official:
             size = xyxy[:, 2:] - xyxy[:, :2]
             wanted = (size.prod(axis=1) > OFFICIAL_MIN_AREA) & (

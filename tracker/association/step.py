@@ -44,7 +44,8 @@ class Step:
         rows, columns = self._free(tracks, detections)
         if not (len(rows) and len(columns)):  # the later rounds often have nobody left, and calls cost
             return NO_PAIRS
-        return self._of_one_class(overlaps(self.predicted[rows], self.xyxy[columns]), rows, columns)
+        near = overlaps(self.predicted.take(rows, axis=0), self.xyxy.take(columns, axis=0))
+        return self._of_one_class(near, rows, columns)
 
     def resembling(
         self, tracks: Mask, detections: Mask, embedding: NDArray[Any], motion_weight: float
@@ -57,7 +58,7 @@ class Step:
         feature = self.table.feature
         if feature is None or not (len(rows) and len(columns)):
             return NO_PAIRS
-        near = gated(self.table.state[:, :, rows], self.xyah[:, columns])
+        near = gated(self.table.state.take(rows, axis=2), self.xyah.take(columns, axis=1))
         pairs = self._of_one_class(near, rows, columns)
         distance = cosine_distance(pairs, feature, embedding)
         return pairs._replace(cost=(1.0 - motion_weight) * distance + motion_weight * pairs.cost)

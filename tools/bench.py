@@ -1,0 +1,155 @@
+#!/usr/bin/env python3
+"""Measure, print a table, write JSON.
+
+bench.py association
+bench.py association --official-fairmot ../FairMOT --official-bytetrack ../ByteTrack --json association.json
+
+Association runs on one thread. The official trackers run from your own clones of ifzhang/FairMOT and
+ifzhang/ByteTrack (they need cython-bbox); they must answer what ours answers with --compat, else the exit
+code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Before anything loads NumPy: the libraries beneath it ask once.
+os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
+
+from tracker import benchmark, contenders
+from tracker.errors import SinkError, TrackerError
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("TRACKER_DATA", ROOT.parent / "shared" / "data"))
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    subjects = parser.add_subparsers(dest="subject", required=True)
+    association = subjects.add_parser(
+        "association", help="detections to tracks, by number of objects", allow_abbrev=False
+    )
+    association.add_argument(
+        "--load",
+        type=Path,
+        default=DATA.parent / "bench" / "load.py",
+        metavar="PY",
+        help="file with gen(N, frames=…): per frame (N, 5) xyxy and score, (N, D) embeddings, (N,) ids "
+        "(default: $TRACKER_DATA/../bench/load.py)",
+    )
+    association.add_argument(
+        "--objects",
+        type=counts,
+        default="20,100,250,500,1000",
+        metavar="N,N,…",
+        help="(default: %(default)s)",
+    )
+    association.add_argument(
+        "--frames", type=positive, default=100, metavar="N", help="of each load (default: %(default)s)"
+    )
+    association.add_argument(
+        "--repeat", type=positive, default=3, metavar="K", help="runs of each load (default: %(default)s)"
+    )
+    association.add_argument("--official-fairmot", type=Path, metavar="DIR", help="a clone of FairMOT")
+    association.add_argument("--official-bytetrack", type=Path, metavar="DIR", help="a clone of ByteTrack")
+    association.add_argument(
+        "--external",
+        type=external,
+        action="append",
+        default=[],
+        metavar="NAME=COMMAND",
+        help="time a byte tracker in another process: COMMAND gets the path of a MOT text file as its last "
+        "argument and prints 'F ms per frame'",
+    )
+    association.add_argument("--json", type=Path, metavar="OUT", help="write all figures there as well")
+    return parser
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def counts(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
+
+
+def external(text: str) -> benchmark.External:
+    name, _, command = text.partition("=")
+    if not (name and command):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=COMMAND")
+    return benchmark.External(name=name, command=command)
+
+
+def races(options: argparse.Namespace) -> list[benchmark.Race]:
+    fairmot, bytetrack = options.official_fairmot, options.official_bytetrack
+    return [
+        benchmark.Race(
+            name="jde",
+            default=contenders.ours("jde"),
+            compat=contenders.ours("jde", "fairmot"),
+            rivals=(contenders.official_fairmot(fairmot),) if fairmot else (),
+        ),
+        benchmark.Race(
+            name="byte",
+            default=contenders.ours("byte"),
+            compat=contenders.ours("byte", "bytetrack"),
+            rivals=(contenders.official_bytetrack(bytetrack),) if bytetrack else (),
+            externals=tuple(options.external),
+        ),
+    ]
+
+
+def association(options: argparse.Namespace) -> int:
+    """Run the races; 1 if somebody answered something else."""
+    entered = races(options)
+    generate = benchmark.load_generator(options.load, frames=options.frames)
+    laps = []
+    for objects in options.objects:
+        load = generate(objects)
+        for race in entered:
+            print(f"{race.name}: {objects} objects", file=sys.stderr)
+            laps.append(benchmark.run_lap(race, objects, load, repeats=options.repeat))
+    print(benchmark.table(laps))
+    print(f"\nCPU ms of the median of {options.frames} frames, each the best of {options.repeat} runs;")
+    print("in brackets the least ratio of any run")
+    print(f"one thread of {benchmark.environment()['cpu']}")
+    if options.json:
+        write_json(
+            options.json, benchmark.report(entered, laps, frames=options.frames, repeats=options.repeat)
+        )
+    wrong = benchmark.disagreements(laps)
+    for sentence in wrong:
+        print(f"bench: {sentence}", file=sys.stderr)
+    rivals = [rival.name for race in entered for rival in race.rivals]
+    if rivals and not wrong:
+        print(f"{' and '.join(rivals)}: the same ids and boxes as ours with --compat, in every frame")
+    return 1 if wrong else 0
+
+
+def write_json(path: Path, content: object) -> None:
+    try:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SinkError(f"cannot write {path}: {error.strerror}; choose another place with --json") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    try:
+        return association(options)
+    except TrackerError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
