@@ -1,0 +1,112 @@
+"""An engine file becomes a front end: runtime by suffix, manifest beside it, front end by name.
+
+The one place that knows which runtimes and front ends exist. Builds nothing and guesses nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from tracker import manifest as manifests
+from tracker.errors import ConfigError, EngineError
+from tracker.frontends import FRONTENDS
+from tracker.frontends.coco import COCO_NAMES
+from tracker.frontends.yolox import Yolox, YoloxConfig
+from tracker.manifest import Manifest, Precision
+from tracker.runtimes.onnx import OnnxRuntime
+
+
+def open_engine(
+    path: Path,
+    *,
+    device: str = "auto",
+    frontend: str | None = None,
+    classes: Sequence[str] = (),
+    conf: float | None = None,
+    threads: int | None = None,
+) -> tuple[Yolox, Manifest]:
+    """The engine's front end, ready to take frames, and its manifest. Close the front end after use.
+
+    device, threads: see `OnnxRuntime`. frontend: what to take the engine for when no manifest lies beside
+    it, with that front end's own defaults. classes, conf: see the front end's config; None is its default.
+    Raises EngineError or ConfigError before any frame is read.
+    """
+    _check_engine(path)
+    manifest = _manifest_of(path, frontend)
+    runtime = OnnxRuntime(path, device=device, threads=threads)
+    if manifest is None:
+        manifest = _frontend(frontend).describe(runtime, onnx_sha256=manifests.sha256(path))
+    config = YoloxConfig(classes=tuple(classes))
+    if conf is not None:
+        config = dataclasses.replace(config, conf=conf)
+    return _frontend(manifest.frontend)(runtime, manifest, config), manifest
+
+
+def describe(
+    path: Path,
+    *,
+    frontend: str,
+    names: tuple[str, ...] = COCO_NAMES,
+    layout: str = "undecoded",
+    size: tuple[int, int] | None = None,
+    precision: Precision = "fp32",
+    legacy: bool = False,
+) -> Manifest:
+    """The manifest of an ONNX file, after running it once: see the front end's own `describe`.
+
+    Raises EngineError when what comes out does not fit the front end.
+    """
+    kind = _frontend(frontend)
+    _check_engine(path)
+    runtime = OnnxRuntime(path, device="cpu")
+    manifest = kind.describe(
+        runtime,
+        onnx_sha256=manifests.sha256(path),
+        names=names,
+        layout=layout,
+        size=size,
+        precision=precision,
+        legacy=legacy,
+    )
+    kind(runtime, manifest).close()
+    return manifest
+
+
+def _check_engine(path: Path) -> None:
+    """EngineError for what no runtime takes."""
+    if path.suffix in (".engine", ".plan"):
+        raise EngineError(
+            f"{path} is a TensorRT engine, which this version cannot run yet: use its .onnx file"
+        )
+    if path.suffix != ".onnx":
+        raise EngineError(f"{path} is no engine this version can run: name an .onnx file")
+    if not path.is_file():
+        raise EngineError(f"{path} is {'a directory' if path.is_dir() else 'missing'}: name an .onnx file")
+
+
+def _manifest_of(path: Path, frontend: str | None) -> Manifest | None:
+    """The manifest beside the engine, checked against it; None if there is none and `frontend` stands in."""
+    beside = manifests.beside(path)
+    if beside.exists():
+        manifest = manifests.read(beside)
+        if frontend not in (None, manifest.frontend):
+            raise ConfigError(
+                f"--frontend {frontend} contradicts {beside}, which says {manifest.frontend}: leave out the "
+                "option, or write the manifest again with tools/manifest.py"
+            )
+        manifest.verify(path)
+        return manifest
+    if frontend is None:
+        raise EngineError(
+            f"{path} has no manifest {beside.name} beside it: write one with `tools/manifest.py {path} "
+            f"--frontend {'|'.join(FRONTENDS)}`, or name the front end for this run with --frontend"
+        )
+    return None
+
+
+def _frontend(name: str | None) -> type[Yolox]:
+    if name not in FRONTENDS:
+        raise ConfigError(f"front end is {name!r}; there is {', '.join(FRONTENDS)}")
+    return FRONTENDS[name]
