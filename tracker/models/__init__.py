@@ -1,0 +1,1 @@
+"""Networks as torch modules, for training and export only: the pipeline runs engines."""
