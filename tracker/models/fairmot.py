@@ -102,7 +102,7 @@ def random_fairmot(config: FairMOTConfig | None = None, *, seed: int = 0) -> Fai
         gain = 0.02 if "conv_offset_mask" in name else 6.0  # He et al. 2015
         scale = math.sqrt(gain / weight[0].numel()) if weight.ndim == 4 else 0.3
         weight.data = noise * scale + (weight.ndim == 1) * weight
-    model(torch.rand(2, 3, 128, 128, generator=generator))  # in training mode: moves running statistics
+    model(torch.rand(2, 3, 64, 64, generator=generator))  # in training mode: moves running statistics
     return model.eval()
 
 
