@@ -66,11 +66,10 @@ def main() -> int:
         association = make_association("jde", frame_rate=source.frame_rate, names=SceneDetector.names)
         feed = stack.enter_context(Feed(source))
         progress = stack.enter_context(Progress(source.counts.declared, quiet=False))
-        done = 0
-        for frame, tracks in Pipeline([feed], SceneDetector(scene), [association]):
+        pipeline = Pipeline([feed], SceneDetector(scene), [association])
+        for done, (frame, tracks) in enumerate(pipeline, 1):
             for sink in sinks:
                 sink.write(frame, tracks)
-            done += 1
             progress.update(done, len(tracks), "clip")
     print(evaluate(find_pairs(truth, OUT / "tracks.txt")).table())
     print(f"\nLook at {OUT}/tracks.mp4; the tracks are in {OUT}/tracks.txt and tracks.jsonl.")
