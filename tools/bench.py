@@ -3,6 +3,7 @@
 
 bench.py association
 bench.py association --official-fairmot ../FairMOT --official-bytetrack ../ByteTrack --json association.json
+bench.py pipeline video.mp4 --engine yolox_nano.onnx
 
 Association runs on one thread. The official trackers run from your own clones of ifzhang/FairMOT and
 ifzhang/ByteTrack (they need cython-bbox); they must answer what ours answers with --compat, else the exit
@@ -18,11 +19,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# Before anything loads NumPy: the libraries beneath it ask once.
-os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
+if sys.argv[1:2] != ["pipeline"]:  # a pipeline runs as users run it
+    # Before anything loads NumPy: the libraries beneath it ask once.
+    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 
-from tracker import benchmark, contenders
+from tracker import benchmark, contenders, overhead
 from tracker.errors import SinkError, TrackerError
+from tracker.session import options_from
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("TRACKER_DATA", ROOT.parent / "shared" / "data"))
@@ -69,6 +72,15 @@ def parser() -> argparse.ArgumentParser:
         "argument and prints 'F ms per frame'",
     )
     association.add_argument("--json", type=Path, metavar="OUT", help="write all figures there as well")
+    pipeline = subjects.add_parser(
+        "pipeline", help="what a run costs beyond its detector", allow_abbrev=False
+    )
+    pipeline.add_argument("source", metavar="VIDEO")
+    pipeline.add_argument("--engine", required=True, help="with its manifest beside it")
+    pipeline.add_argument("--device", default="auto", help="(default: %(default)s)")
+    pipeline.add_argument("--classes", type=lambda text: text.split(","), default=[], metavar="LIST")
+    pipeline.add_argument("--save", type=lambda text: text.split(","), default=["mot"], metavar="LIST")
+    pipeline.add_argument("--repeat", type=positive, default=3, metavar="K", help="(default: %(default)s)")
     return parser
 
 
@@ -135,6 +147,15 @@ def association(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+def pipeline(options: argparse.Namespace) -> int:
+    """`track` and its engine alone, in turns."""
+    chosen = {name: getattr(options, name) for name in ("engine", "device", "classes", "save")}
+    laps = overhead.measure(options_from({"sources": [options.source], **chosen}), repeats=options.repeat)
+    print(overhead.table(laps))
+    print(f"{benchmark.environment()['cpu']}, {os.cpu_count()} cores")
+    return 0
+
+
 def write_json(path: Path, content: object) -> None:
     try:
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -145,7 +166,7 @@ def write_json(path: Path, content: object) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
-        return association(options)
+        return association(options) if options.subject == "association" else pipeline(options)
     except TrackerError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1

@@ -40,6 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--people", type=int, default=40, help="at most, per scene (default: %(default)s)")
     parser.add_argument("--cars", type=int, default=8, help="at most, per scene (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="weights of the same network to begin with")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument(
         "--reuse", type=int, default=1, help="steps per fresh batch; raise it when the log says waiting"
@@ -92,6 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
             reuse=options.reuse,
             pool=options.pool,
             rate=options.rate,
+            start=options.start,
         )
         weights = train(config, options.out, lambda line: print(line, flush=True))
     except TrackerError as error:

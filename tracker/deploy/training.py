@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tracker.deploy.glimpses import Batch, GlimpseConfig, load
 from tracker.deploy.losses import FairMOTLoss
 from tracker.errors import ConfigError
+from tracker.models.checkpoint import load_fairmot
 from tracker.models.fairmot import MULTIPLE, FairMOT, FairMOTConfig
 
 CHECKPOINT, WEIGHTS, LOG, MODEL, CURVES = (
@@ -37,7 +38,8 @@ class TrainingConfig:
     """minutes or steps: how long; the other is None. reuse: steps per batch of fresh pictures; beyond the
     first they take pictures at random from the latest `pool`, kept on the device.
     rate: AdamW's greatest learning rate, reached after `warm_up` of the run and lowered to nothing along a
-    cosine. average: of the weights over steps, which is what is kept in the end."""
+    cosine. average: of the weights over steps, which is what is kept in the end. start: weights of the same
+    network to begin with, instead of random ones."""
 
     model: FairMOTConfig
     glimpses: GlimpseConfig
@@ -53,6 +55,7 @@ class TrainingConfig:
     average: float = 0.999
     log_seconds: float = 5.0
     save_seconds: float = 60.0
+    start: Path | None = None
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
@@ -154,7 +157,8 @@ def train(config: TrainingConfig, directory: Path, say: Callable[[str], None] = 
 
 def _begin(config: TrainingConfig) -> _Run:
     device = torch.device(config.device)
-    model = FairMOT(config.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = FairMOT(config.model) if config.start is None else load_fairmot(config.start, config.model)
+    model = model.train().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = FairMOT(config.model).to(device).requires_grad_(False)
     average.load_state_dict(model.state_dict())
     loss = FairMOTLoss(config.model.embedding, config.glimpses.identities).to(device)
