@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,3 +18,14 @@ def data() -> Path:
     if not (DATA / "pets09").is_dir():
         pytest.skip(f"no test data at {DATA}: set TRACKER_DATA to the folder that holds pets09/ and mot17/")
     return DATA
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch on one thread: for small networks more cost more than they save, above all on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -102,6 +102,10 @@ def drop(*keys: str) -> Callable[[dict[str, Any]], None]:
         (put("input", "std", value=[1, 1, float("inf")]), "input.std"),
         (put("input", "resize", value="letterbox"), "input.resize is 'letterbox'; it must be corner or"),
         (put("input", "pad", value=float("nan")), "input.pad"),
+        (
+            put("input", "interpolation", value="cubic"),
+            "input.interpolation is 'cubic'; it must be linear or",
+        ),
         (put("outputs", value={}), "outputs"),
         (put("outputs", value=["output"]), "outputs"),
         (put("outputs", "undecoded", value=0), "outputs"),

@@ -3,6 +3,7 @@
 
 manifest.py MODEL.onnx --frontend yolox
 manifest.py MODEL.onnx --frontend yolox --names person,car --layout decoded --input-size 640x384
+manifest.py MODEL.onnx --frontend fairmot
 """
 
 from __future__ import annotations
@@ -31,15 +32,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--frontend", required=True, choices=FRONTENDS, help="the family of detector")
     parser.add_argument(
         "--names",
-        default="coco",
         metavar="coco|FILE.txt|a,b,c",
-        help="class names by index; a file has one per line (default: coco)",
+        help="class names by index; a file has one per line (default: coco for yolox, person for fairmot)",
     )
     parser.add_argument(
         "--layout",
         choices=LAYOUTS,
-        default=LAYOUTS[0],
-        help=f"what the output's boxes are (default: {LAYOUTS[0]}, as the official exporter writes)",
+        help=f"what a YOLOX's boxes are (default: {LAYOUTS[0]}, as the official exporter writes)",
     )
     parser.add_argument(
         "--input-size", type=size, metavar="WxH", help="image size, where the model leaves it open"
@@ -47,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--legacy",
         action="store_true",
-        help="the model wants RGB with ImageNet's mean and std: ByteTrack's and YOLOX's first",
+        help="a YOLOX that wants RGB with ImageNet's mean and std: ByteTrack's and YOLOX's first",
     )
     parser.add_argument(
         "--precision", choices=get_args(Precision), default="fp32", help="for people (default: fp32)"
@@ -83,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         manifest = describe(
             options.model,
             frontend=options.frontend,
-            names=class_names(options.names),
+            names=None if options.names is None else class_names(options.names),
             layout=options.layout,
             size=options.input_size,
             precision=options.precision,

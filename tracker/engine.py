@@ -5,15 +5,16 @@ The one place that knows which runtimes and front ends exist. Builds nothing and
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tracker import manifest as manifests
 from tracker.errors import ConfigError, EngineError
 from tracker.frontends import FRONTENDS
-from tracker.frontends.coco import COCO_NAMES
-from tracker.frontends.yolox import Yolox, YoloxConfig
+from tracker.frontends.detector import Detector
+from tracker.frontends.fairmot import Fairmot
+from tracker.frontends.yolox import Yolox
 from tracker.manifest import Manifest, Precision
 from tracker.runtimes.onnx import OnnxRuntime
 
@@ -25,12 +26,14 @@ def open_engine(
     frontend: str | None = None,
     classes: Sequence[str] = (),
     conf: float | None = None,
+    compat: str | None = None,
     threads: int | None = None,
-) -> tuple[Yolox, Manifest]:
+) -> tuple[Detector, Manifest]:
     """The engine's front end, ready to take frames, and its manifest. Close the front end after use.
 
     device, threads: see `OnnxRuntime`. frontend: what to take the engine for when no manifest lies beside
     it, with that front end's own defaults. classes, conf: see the front end's config; None is its default.
+    compat: "fairmot" also takes FairMOT's boxes back to source pixels as the official code does.
     Raises EngineError or ConfigError before any frame is read.
     """
     _check_engine(path)
@@ -38,39 +41,43 @@ def open_engine(
     runtime = OnnxRuntime(path, device=device, threads=threads)
     if manifest is None:
         manifest = _frontend(frontend).describe(runtime, onnx_sha256=manifests.sha256(path))
-    config = YoloxConfig(classes=tuple(classes))
+    kind = _frontend(manifest.frontend)
+    settings: dict[str, Any] = {"classes": tuple(classes)}
     if conf is not None:
-        config = dataclasses.replace(config, conf=conf)
-    return _frontend(manifest.frontend)(runtime, manifest, config), manifest
+        settings["conf"] = conf
+    if kind is Fairmot and compat == "fairmot":
+        settings["official_transform"] = True
+    return kind(runtime, manifest, kind.config_type(**settings)), manifest
 
 
 def describe(
     path: Path,
     *,
     frontend: str,
-    names: tuple[str, ...] = COCO_NAMES,
-    layout: str = "undecoded",
+    names: tuple[str, ...] | None = None,
     size: tuple[int, int] | None = None,
     precision: Precision = "fp32",
+    layout: str | None = None,
     legacy: bool = False,
 ) -> Manifest:
     """The manifest of an ONNX file, after running it once: see the front end's own `describe`.
 
+    names, layout: None is the front end's default. layout, legacy: of YOLOX alone.
     Raises EngineError when what comes out does not fit the front end.
     """
     kind = _frontend(frontend)
+    options: dict[str, Any] = {"size": size, "precision": precision}
+    if names is not None:
+        options["names"] = names
+    if kind is Yolox:
+        options["legacy"] = legacy
+        options |= {"layout": layout} if layout is not None else {}
+    elif layout is not None or legacy:
+        raise ConfigError(f"--layout and --legacy are for yolox: leave them out with {frontend}")
     _check_engine(path)
     runtime = OnnxRuntime(path, device="cpu")
-    manifest = kind.describe(
-        runtime,
-        onnx_sha256=manifests.sha256(path),
-        names=names,
-        layout=layout,
-        size=size,
-        precision=precision,
-        legacy=legacy,
-    )
-    kind(runtime, manifest).close()
+    manifest = kind.describe(runtime, onnx_sha256=manifests.sha256(path), **options)
+    kind(runtime, manifest, kind.config_type()).close()
     return manifest
 
 
@@ -106,7 +113,7 @@ def _manifest_of(path: Path, frontend: str | None) -> Manifest | None:
     return None
 
 
-def _frontend(name: str | None) -> type[Yolox]:
+def _frontend(name: str | None) -> type[Detector]:
     if name not in FRONTENDS:
         raise ConfigError(f"front end is {name!r}; there is {', '.join(FRONTENDS)}")
     return FRONTENDS[name]

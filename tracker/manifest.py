@@ -23,6 +23,7 @@ FORMAT = 1
 
 Colour = Literal["bgr", "rgb"]
 Resize = Literal["corner", "center", "stretch"]
+Interpolation = Literal["linear", "area"]
 Precision = Literal["fp32", "fp16", "int8"]
 Triple = tuple[float, float, float]
 T = TypeVar("T")
@@ -35,6 +36,7 @@ class Input:
     size: (width, height). layout: axes of the tensor. colour: order of its channels. mean, std: what is
     subtracted, then divided by, per channel in that order, in units of 0–255. resize: how the image is
     placed, `boxes.fit_<resize>`. pad: value around it, in units of 0–255, normalised like a pixel.
+    interpolation: "linear" between pixels, or "area", the mean of what a pixel covers.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Input:
     std: Triple
     resize: Resize
     pad: float
+    interpolation: Interpolation = "linear"
 
     def __post_init__(self) -> None:
         _check("input.name", self.name, _is_text(self.name), "a tensor's name")
@@ -57,6 +60,7 @@ class Input:
         _check("input.std", self.std, positive, "three numbers above 0, in units of 0–255")
         _check_choice("input.resize", self.resize, get_args(Resize))
         _check("input.pad", self.pad, _is_number(self.pad), "a number in units of 0–255")
+        _check_choice("input.interpolation", self.interpolation, get_args(Interpolation))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

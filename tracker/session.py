@@ -144,6 +144,7 @@ class Session:
                 frontend=options.frontend,
                 classes=options.classes,
                 conf=options.tracker_settings("byte").get("low"),
+                compat=options.compat,
             )
             stack.callback(self.frontend.close)
             self.tracker = options.tracker or ("jde" if self.frontend.embeds else "byte")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import cv2
 import torch
 
 from tracker.boxes import Fit, fit_center, fit_corner, fit_stretch
@@ -13,6 +14,7 @@ from tracker.pixels import Workspace, network_input
 from tracker.types import Frame, Runtime
 
 _FITS = {"corner": fit_corner, "center": fit_center, "stretch": fit_stretch}
+_INTERPOLATIONS = {"linear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA}
 
 
 class Preprocessor:
@@ -39,6 +41,7 @@ class Preprocessor:
                 mean=spec.mean,
                 std=spec.std,
                 pad=spec.pad,
+                interpolation=_INTERPOLATIONS[spec.interpolation],
             )
         return self._tensor, fits
 

@@ -13,12 +13,8 @@ the boxes are:
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from time import perf_counter
 
 import numpy as np
 import torch
@@ -27,75 +23,53 @@ from torch import Tensor
 from tracker.boxes import Fit
 from tracker.errors import ConfigError, EngineError
 from tracker.frontends.coco import COCO_NAMES
+from tracker.frontends.detector import (
+    Detector,
+    DetectorConfig,
+    Outputs,
+    check_count,
+    check_finite,
+    check_share,
+    input_of,
+)
 from tracker.frontends.nms import nms, strongest
-from tracker.frontends.preprocess import Preprocessor, batch_of
-from tracker.frontends.worker import single_worker
 from tracker.manifest import Input, Manifest, Precision
-from tracker.types import Detections, Frame, Runtime
+from tracker.types import Detections, Runtime
 
 STRIDES = (8, 16, 32)
 LAYOUTS = ("undecoded", "decoded")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class YoloxConfig:
-    """What counts as an object.
+class YoloxConfig(DetectorConfig):
+    """conf is the least objectness × best class score.
 
-    conf: least objectness × best class score. 0.1 is where ByteTrack's second pass ends (its
-        `byte_tracker.py`), so a lower one changes no track.
     nms_iou: overlap above which the weaker of two boxes of a class is dropped. 0.7 is what the official
         ByteTrack tracks with (its `tools/track.py`); people in crowds overlap more than YOLOX's 0.45.
     max_candidates: per frame, the strongest before NMS. TensorRT's own top-K takes no more.
-    classes: names of the classes to keep; empty keeps all.
-    max_batch: frames at once for an engine whose batch is open; others say themselves.
     """
 
-    conf: float = 0.1
     nms_iou: float = 0.7
     max_candidates: int = 3840
-    classes: tuple[str, ...] = ()
-    max_batch: int = 8
 
     def __post_init__(self) -> None:
-        for key in ("conf", "nms_iou"):
-            if not 0 < getattr(self, key) <= 1:
-                raise ConfigError(f"{key} is {getattr(self, key)}; it must be above 0 and at most 1")
-        for key in ("max_candidates", "max_batch"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        DetectorConfig.__post_init__(self)
+        check_share("nms_iou", self.nms_iou)
+        check_count("max_candidates", self.max_candidates)
 
 
-class Yolox:
-    """The front end. One worker thread prepares, runs and decodes, so that the caller's thread can decode
-    video and associate meanwhile.
+class Yolox(Detector):
+    """The front end. Raises EngineError for an engine that does not fit, ConfigError for unknown classes."""
 
-    Runs the engine once on an empty image, so that an engine that does not fit is found before the first
-    frame. Raises EngineError for that, ConfigError for unknown classes.
-
-    seconds: spent so far in each stage: preprocess, inference, postprocess.
-    """
-
-    embeds = False
+    config_type = YoloxConfig
 
     def __init__(self, runtime: Runtime, manifest: Manifest, config: YoloxConfig | None = None) -> None:
         self._config = config or YoloxConfig()
-        self._runtime = runtime
-        self._input = manifest.input.name
-        self._role, self._output = _output(runtime, manifest)
-        self.names = manifest.names
-        self._wanted = _wanted(self._config.classes, self.names)  # (C,)
-        self._cells = _cells(manifest.input.size)  # (A, 3)
-        batch = batch_of(runtime, manifest.input)
-        self._static = batch is not None
-        self.max_batch = batch or self._config.max_batch
-        self._preprocess = Preprocessor(manifest.input, self.max_batch)
-        self.seconds = {"preprocess": 0.0, "inference": 0.0, "postprocess": 0.0}
-        self._worker = single_worker()
-        try:
-            self._worker.submit(self._probe).result()
-        except BaseException:
-            self.close()
-            raise
+        self._role = _layout(manifest)
+        self._size = manifest.input.size
+        self._cells = _cells(self._size)  # (A, 3)
+        super().__init__(runtime, manifest, self._config)
+        self._start()
 
     @staticmethod
     def describe(
@@ -119,11 +93,7 @@ class Yolox:
                 f"a YOLOX engine has one input and one output; this one takes {', '.join(runtime.inputs)} "
                 f"and gives {', '.join(runtime.outputs)}"
             )
-        (name, shape), (output,) = *runtime.inputs.items(), runtime.outputs
-        if size is None:
-            if len(shape) != 4 or shape[2] is None or shape[3] is None:
-                raise EngineError(f"input {name} has shape {shape}: say its image size with --input-size WxH")
-            size = (shape[3], shape[2])
+        (name, size), (output,) = input_of(runtime, size), runtime.outputs
         return Manifest(
             frontend="yolox",
             input=Input(
@@ -143,46 +113,17 @@ class Yolox:
             engine_sha256=onnx_sha256,
         )
 
-    def submit(self, frames: Sequence[Frame]) -> Future[list[Detections]]:
-        """Start on 1 to max_batch frames, of any sizes. Errors of the work are raised by its `result`."""
-        if not 1 <= len(frames) <= self.max_batch:
-            raise EngineError(
-                f"{len(frames)} frames submitted; this engine takes 1 to {self.max_batch} at once"
-            )
-        return self._worker.submit(self._detect, frames)
-
-    def close(self) -> None:
-        """Drop what has not begun, wait for what has."""
-        self._worker.shutdown(wait=True, cancel_futures=True)
-
-    def _detect(self, frames: Sequence[Frame]) -> list[Detections]:
-        begun = perf_counter()
-        tensor, fits = self._preprocess(frames)
-        prepared = perf_counter()
-        rows = self._run(tensor, len(frames))
-        ran = perf_counter()
-        detections = self._decode(rows, fits)
-        self.seconds["preprocess"] += prepared - begun
-        self.seconds["inference"] += ran - prepared
-        self.seconds["postprocess"] += perf_counter() - ran
-        return detections
-
-    def _run(self, tensor: Tensor, count: int) -> Tensor:
-        """(count, A, 5 + C) rows of the first `count` images."""
-        tensor = tensor if self._static else tensor[:count]
-        return self._runtime.run({self._input: tensor})[self._output][:count]
-
-    @torch.inference_mode()
-    def _decode(self, rows: Tensor, fits: Sequence[Fit]) -> list[Detections]:
+    def _decode(self, outputs: Outputs, fits: Sequence[Fit]) -> list[Detections]:
         """Objects of each image from rows (B, A, 5 + C), on their device up to the one copy to the host.
 
         Few, small operations: each costs more for being called than for what it does.
         """
+        rows = outputs[self._role]
         conf, limit = self._config.conf, self._config.max_candidates
         objectness = rows[..., 4]
         image, cell = (objectness >= conf).nonzero(as_tuple=True)  # class scores are at most 1
         found = rows[image, cell].float()  # (K, 5 + C); in FP16, boxes would jump by pixels
-        _check_finite(objectness, found)
+        check_finite(objectness, found)
         best, label = found[:, 5:].max(dim=1)
         score = found[:, 4] * best
         about = torch.stack((score, label, image), dim=1)
@@ -206,19 +147,16 @@ class Yolox:
             centre, half = (box[:, :2] + cell[:, :2]) * stride, box[:, 2:].exp() * (stride / 2)
         return torch.cat((centre - half, centre + half), dim=1)
 
-    def _probe(self) -> None:
-        """Run once on an empty image; EngineError unless the rows are what the manifest promises."""
-        tensor, _ = self._preprocess(())
-        rows = self._run(tensor, 1)
+    def _check(self, outputs: Outputs) -> None:
+        rows, (width, height) = outputs[self._role], self._size
         cells, classes = len(self._cells), len(self.names)
         if rows.shape != (1, cells, 5 + classes):
-            width, height = tensor.shape[3], tensor.shape[2]
             raise EngineError(
-                f"output {self._output} has shape {tuple(rows.shape)}; YOLOX with a {width}×{height} input "
-                f"and {classes} class names gives (1, {cells}, {5 + classes}): correct the size or "
-                "the names, or name another front end"
+                f"output {self._roles[self._role]} has shape {tuple(rows.shape)}; YOLOX with a "
+                f"{width}×{height} input and {classes} class names gives (1, {cells}, {5 + classes}): "
+                "correct the size or the names, or name another front end"
             )
-        _check_finite(rows)
+        check_finite(rows)
         self._cells, self._wanted = self._cells.to(rows.device), self._wanted.to(rows.device)
         self._check_layout(rows[0, :, :2].float())
 
@@ -236,35 +174,20 @@ class Yolox:
         if declared > far > other:
             right = next(layout for layout in LAYOUTS if layout != self._role)
             raise EngineError(
-                f"output {self._output} is declared {self._role}, but then its boxes lie {declared:.0f} "
-                f"cells from where they belong; read as {right}, {other:.1f}: declare it {right}"
+                f"output {self._roles[self._role]} is declared {self._role}, but then its boxes lie "
+                f"{declared:.0f} cells from where they belong; read as {right}, {other:.1f}: "
+                f"declare it {right}"
             )
 
 
-def _output(runtime: Runtime, manifest: Manifest) -> tuple[str, str]:
-    """Role and tensor name of the one output, both known to exist."""
+def _layout(manifest: Manifest) -> str:
+    """The role of the one output."""
     roles = tuple(manifest.outputs)
     if len(roles) != 1 or roles[0] not in LAYOUTS:
         raise ConfigError(
             f"YOLOX outputs are {' or '.join(LAYOUTS)}, exactly one; the manifest has {', '.join(roles)}"
         )
-    name = manifest.outputs[roles[0]]
-    if name not in runtime.outputs:
-        raise EngineError(
-            f"the engine has no output {name}, only {', '.join(runtime.outputs)}: correct the manifest"
-        )
-    return roles[0], name
-
-
-def _wanted(classes: Sequence[str], names: Sequence[str]) -> Tensor:
-    """(C,) which classes to keep."""
-    for name in classes:
-        if name not in names:
-            near = difflib.get_close_matches(name, names) or names[:5]
-            raise ConfigError(
-                f"no class {name!r} among the engine's {len(names)}; near it: {', '.join(near)}"
-            )
-    return torch.tensor([not classes or name in classes for name in names])
+    return roles[0]
 
 
 def _cells(size: tuple[int, int]) -> Tensor:
@@ -276,16 +199,6 @@ def _cells(size: tuple[int, int]) -> Tensor:
         row_column = torch.cartesian_prod(torch.arange(size[1] // stride), torch.arange(size[0] // stride))
         levels.append(torch.cat((row_column.flip(1), torch.full((len(row_column), 1), stride)), dim=1))
     return torch.cat(levels).float()
-
-
-def _check_finite(*tensors: Tensor) -> None:
-    # A sum sees every NaN and inf; it can overflow without one, so only then is each value looked at.
-    total = sum(float(tensor.sum(dtype=torch.float32)) for tensor in tensors)
-    if not math.isfinite(total) and not all(bool(tensor.isfinite().all()) for tensor in tensors):
-        raise EngineError(
-            "the engine answers NaN or inf: it overflows at its precision (try FP32), or its manifest "
-            "describes another input than it was trained on"
-        )
 
 
 def _detections(packed: np.ndarray, fit: Fit) -> Detections:

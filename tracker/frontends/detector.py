@@ -1,0 +1,177 @@
+"""What front ends of detectors have in common: the worker thread, the engine's runs, the stages' clocks.
+
+Knows when things happen; what an engine answers and what that means, each detector's own module knows.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from time import perf_counter
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tracker.boxes import Fit
+from tracker.errors import ConfigError, EngineError
+from tracker.frontends.preprocess import Preprocessor, batch_of
+from tracker.frontends.worker import single_worker
+from tracker.manifest import Manifest
+from tracker.types import Detections, Frame, Runtime
+
+Outputs = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectorConfig:
+    """What counts as an object.
+
+    conf: least score. 0.1 is where ByteTrack's second pass ends (its `byte_tracker.py`), so a lower one
+        changes no track.
+    classes: names of the classes to keep; empty keeps all.
+    max_batch: frames at once for an engine whose batch is open; others say themselves.
+    """
+
+    conf: float = 0.1
+    classes: tuple[str, ...] = ()
+    max_batch: int = 8
+
+    def __post_init__(self) -> None:
+        check_share("conf", self.conf)
+        check_count("max_batch", self.max_batch)
+
+
+def check_share(key: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise ConfigError(f"{key} is {value}; it must be above 0 and at most 1")
+
+
+def check_count(key: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{key} is {value}; it must be at least 1")
+
+
+class Detector(ABC):
+    """One worker thread prepares, runs and decodes, so that the caller's thread can decode video and
+    associate meanwhile.
+
+    A detector sets itself up, then calls `_start`, which runs the engine once on an empty image, so that an
+    engine that does not fit is found before the first frame.
+
+    seconds: spent so far in each stage: preprocess, inference, postprocess.
+    describe: the manifest of an ONNX file of its family, from its runtime, onnx_sha256, names, size and
+        precision by name, and what else the family knows of.
+    """
+
+    embeds = False
+    config_type: ClassVar[type[DetectorConfig]]
+    describe: ClassVar[Callable[..., Manifest]]
+
+    def __init__(self, runtime: Runtime, manifest: Manifest, config: DetectorConfig) -> None:
+        """Raises EngineError where the engine does not take or give what the manifest says, ConfigError
+        for a class to keep that there is not.
+        """
+        self._runtime = runtime
+        self._input = manifest.input.name
+        self._roles = manifest.outputs
+        for name in self._roles.values():
+            if name not in runtime.outputs:
+                raise EngineError(
+                    f"the engine has no output {name}, only {', '.join(runtime.outputs)}: "
+                    "correct the manifest"
+                )
+        self.names = manifest.names
+        self._wanted = torch.tensor(_wanted(config.classes, self.names))  # (C,) bool
+        batch = batch_of(runtime, manifest.input)
+        self._static = batch is not None
+        self.max_batch = batch or config.max_batch
+        self._preprocess = Preprocessor(manifest.input, self.max_batch)
+        self.seconds = {"preprocess": 0.0, "inference": 0.0, "postprocess": 0.0}
+
+    @abstractmethod
+    def _check(self, outputs: Outputs) -> None:
+        """EngineError unless what an empty image gave is what the manifest promises."""
+
+    @abstractmethod
+    def _decode(self, outputs: Outputs, fits: Sequence[Fit]) -> list[Detections]:
+        """Objects of each image, from outputs by role."""
+
+    def submit(self, frames: Sequence[Frame]) -> Future[list[Detections]]:
+        """Start on 1 to max_batch frames, of any sizes. Errors of the work are raised by its `result`."""
+        if not 1 <= len(frames) <= self.max_batch:
+            raise EngineError(
+                f"{len(frames)} frames submitted; this engine takes 1 to {self.max_batch} at once"
+            )
+        return self._worker.submit(self._detect, frames)
+
+    def close(self) -> None:
+        """Drop what has not begun, wait for what has."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self) -> None:
+        self._worker = single_worker()
+        try:
+            self._worker.submit(self._probe).result()
+        except BaseException:
+            self.close()
+            raise
+
+    @torch.inference_mode()
+    def _probe(self) -> None:
+        tensor, _ = self._preprocess(())
+        self._check(self._run(tensor, 1))
+
+    @torch.inference_mode()
+    def _detect(self, frames: Sequence[Frame]) -> list[Detections]:
+        begun = perf_counter()
+        tensor, fits = self._preprocess(frames)
+        prepared = perf_counter()
+        outputs = self._run(tensor, len(frames))
+        ran = perf_counter()
+        detections = self._decode(outputs, fits)
+        self.seconds["preprocess"] += prepared - begun
+        self.seconds["inference"] += ran - prepared
+        self.seconds["postprocess"] += perf_counter() - ran
+        return detections
+
+    def _run(self, tensor: Tensor, count: int) -> Outputs:
+        """What the first `count` images give, by role."""
+        outputs = self._runtime.run({self._input: tensor if self._static else tensor[:count]})
+        return {role: outputs[name][:count] for role, name in self._roles.items()}
+
+
+def input_of(runtime: Runtime, size: tuple[int, int] | None) -> tuple[str, tuple[int, int]]:
+    """Name and image size (width, height) of the one input; `size` where the engine leaves it open."""
+    ((name, shape),) = runtime.inputs.items()
+    if size is None:
+        if len(shape) != 4 or shape[2] is None or shape[3] is None:
+            raise EngineError(f"input {name} has shape {shape}: say its image size with --input-size WxH")
+        size = (shape[3], shape[2])
+    return name, size
+
+
+def check_finite(*tensors: Tensor) -> None:
+    """EngineError where there is NaN or inf among an engine's answers."""
+    # A sum sees every NaN and inf; it can overflow without one, so only then is each value looked at.
+    total = sum(float(tensor.sum(dtype=torch.float32)) for tensor in tensors)
+    if not math.isfinite(total) and not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise EngineError(
+            "the engine answers NaN or inf: it overflows at its precision (try FP32), or its manifest "
+            "describes another input than it was trained on"
+        )
+
+
+def _wanted(classes: Sequence[str], names: Sequence[str]) -> list[bool]:
+    """Which of the names to keep; all where `classes` is empty."""
+    for name in classes:
+        if name not in names:
+            near = difflib.get_close_matches(name, names) or names[:5]
+            raise ConfigError(
+                f"no class {name!r} among the engine's {len(names)}; near it: {', '.join(near)}"
+            )
+    return [not classes or name in classes for name in names]
