@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tracker import manifest as manifests
 from tracker.deploy.graph import Lowering, to_onnx
+from tracker.deploy.scenes import Scene, SceneConfig
 from tracker.errors import ConfigError, EngineError, SinkError
 from tracker.frontends.fairmot import Fairmot, peak_scores
 from tracker.frontends.preprocess import Preprocessor
@@ -28,7 +29,6 @@ from tracker.manifest import Manifest
 from tracker.models.fairmot import MULTIPLE, FairMOT
 from tracker.runtimes.onnx import OnnxRuntime
 from tracker.sources import open_source
-from tracker.synthetic import Scene
 from tracker.types import Frame, Image
 
 # Greatest difference between ONNX Runtime and torch, times a head's greatest value where that is above 1.
@@ -154,8 +154,8 @@ def frames_of(video: str, count: int = 4) -> list[Frame]:
 
 def generated_frames(size: tuple[int, int], count: int = 4) -> list[Frame]:
     """Drawn street scenes, for want of a video. size: (width, height)."""
-    scene = Scene(size=size, frames=count)
-    images = (Image(format="bgr", planes=(scene.render(index),)) for index in range(count))
+    scene = Scene(1, SceneConfig(size=size))
+    images = (Image(format="bgr", planes=(scene.frame(float(moment))[0],)) for moment in range(count))
     return [Frame(index=k, pts_seconds=0.0, size=size, image=image) for k, image in enumerate(images)]
 
 
