@@ -188,8 +188,9 @@ class TestGraph:
             lowered if form == "GridSample" else {"DeformConv"}
         )
 
-    def test_nodes_are_called_as_layers(self, exported: Exported) -> None:
-        graph = onnx.load(exported("DeformConv", "raw")[0]).graph
+    @pytest.mark.parametrize("heads", ["peaks", "raw"])
+    def test_nodes_are_called_as_layers(self, exported: Exported, heads: str) -> None:
+        graph = onnx.load(exported("DeformConv", heads)[0]).graph
         kinds = {node.name: node.op_type for node in graph.node}
         assert len(kinds) == len(graph.node)
         assert kinds["base.level3.tree2.tree1.conv1"] == "Conv"

@@ -71,15 +71,16 @@ class Export:
     verify_seconds: float
 
 
-class _Peaks(nn.Module):
-    """The network with the peaks of its heat maps in place of their logits."""
+class _Peaks(FairMOT):
+    """A network's own layers, under their names, with the peaks of its heat maps in place of their logits."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+    def __init__(self, model: FairMOT) -> None:
+        nn.Module.__init__(self)
+        for name, layer in model.named_children():
+            self.add_module(name, layer)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        heads = self.model(images)
+        heads = super().forward(images)
         peaks = peak_scores(heads["hm"])
         return {"peaks": peaks, **{role: heads[role] for role in ("wh", "reg", "id")}}
 

@@ -39,7 +39,7 @@ class Lowering:
         runtimes without DeformConv (TensorRT before 10.15, TensorRT-RTX).
     dense_upsampling: write transposed convolutions of single channels as dense ones, with zeros between the
         channels. TensorRT has fast kernels for those only: DLA-34 at 1088×608 in FP16 takes 4.6 ms instead
-        of 10.8 on an H200. On a CPU it costs nothing there, and up to 15 % in a network of width 0.3.
+        of 10.8 on an H200 (TensorRT 8.6). On a CPU it costs up to 15 %.
     """
 
     deform: Literal["DeformConv", "GridSample"] = "DeformConv"
