@@ -1,1 +1,1 @@
-"""TODO"""
+"""What tools/ call: scenes, training, export. Never imported by what runs."""
