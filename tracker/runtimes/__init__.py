@@ -1,1 +1,1 @@
-"""TODO"""
+"""What runs an engine: named tensors in, named tensors out."""
