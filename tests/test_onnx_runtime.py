@@ -159,9 +159,17 @@ def test_a_device_that_is_none(tmp_path: Path, device: str) -> None:
         OnnxRuntime(affine(tmp_path / "a.onnx"), device=device)
 
 
-def test_impossible_threads(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="threads is 0; it must be at least 1"):
-        OnnxRuntime(affine(tmp_path / "a.onnx"), threads=0)
+@pytest.mark.parametrize("key", ["threads", "lanes"])
+def test_impossible_counts(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key} is 0; it must be at least 1"):
+        OnnxRuntime(affine(tmp_path / "a.onnx"), **{key: 0})
+
+
+def test_lanes_share_the_cores_of_a_cpu(tmp_path: Path) -> None:
+    path = affine(tmp_path / "a.onnx")
+    by_itself, alone = OnnxRuntime(path, device="cpu"), OnnxRuntime(path, device="cpu", lanes=1)
+    assert alone.threads >= by_itself.threads == max(1, alone.threads // by_itself.lanes)
+    assert OnnxRuntime(path, device="cpu", lanes=3, threads=2).threads == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

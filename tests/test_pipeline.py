@@ -12,7 +12,7 @@ import pytest
 
 from tracker.association import Byte
 from tracker.errors import SourceError
-from tracker.pipeline import AHEAD, DEPTH, Feed, Pipeline, batches
+from tracker.pipeline import AHEAD, Feed, Pipeline, batches
 from tracker.types import Detections, Frame, FrameCounts
 
 
@@ -42,15 +42,15 @@ class CountingSource:
 
 
 class OneBox:
-    """Finds one confident object in every frame, in a thread of its own."""
+    """Finds one confident object in every frame, in threads of its own."""
 
     names, embeds = ("thing",), False
 
-    def __init__(self, max_batch: int = 1) -> None:
-        self.max_batch, self.seconds = max_batch, {"inference": 0.0}
+    def __init__(self, max_batch: int = 1, lanes: int = 1) -> None:
+        self.max_batch, self.lanes, self.seconds = max_batch, lanes, {"inference": 0.0}
         self.batches: list[list[tuple[int, int]]] = []
         self.in_flight = self.most_in_flight = 0
-        self._worker = ThreadPoolExecutor(1)
+        self._worker = ThreadPoolExecutor(lanes)
 
     def submit(self, frames: Sequence[Frame]) -> Future[list[Detections]]:
         self.batches.append([(frame.source, frame.index) for frame in frames])
@@ -86,15 +86,17 @@ def run(
         frontend.close()
 
 
-def test_every_frame_comes_out_once_and_in_order() -> None:
-    out, _ = run([CountingSource(50)], OneBox())
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_every_frame_comes_out_once_and_in_order(lanes: int) -> None:
+    out, _ = run([CountingSource(50)], OneBox(lanes=lanes))
     assert out == [(0, index, [1]) for index in range(50)]
 
 
-def test_detection_of_the_next_frame_is_under_way_while_one_is_tracked() -> None:
-    frontend = OneBox()
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_every_lane_has_work_while_a_frame_is_tracked(lanes: int) -> None:
+    frontend = OneBox(lanes=lanes)
     run([CountingSource(20)], frontend)
-    assert frontend.most_in_flight == DEPTH
+    assert frontend.most_in_flight == lanes + 1
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from tracker import boxes
 from tracker.engine import open_engine
 from tracker.errors import ConfigError, DetectionsError, EngineError
 from tracker.frontends.nms import nms, strongest
-from tracker.frontends.worker import single_worker
+from tracker.frontends.worker import start_workers
 from tracker.frontends.yolox import Yolox, YoloxConfig
 from tracker.manifest import Manifest
 from tracker.types import Detections, Frame, Image
@@ -35,7 +35,7 @@ Shape = tuple[int | None, ...]
 class FakeRuntime:
     """Answers `rows` (n, A, 5 + C), the first as many as there are images; remembers what it was fed."""
 
-    description = "fake"
+    description, lanes = "fake", 1
 
     def __init__(self, rows: torch.Tensor, *, batch: int | None = 1, shape: Shape = (3, 64, 64)) -> None:
         self.inputs: Mapping[str, Shape] = {"images": (batch, *shape)}
@@ -241,14 +241,16 @@ def test_work_goes_on_beside_the_caller_and_ends_with_close() -> None:
         fourth.result()
 
 
-def test_torch_keeps_its_threads_outside_the_worker() -> None:
+def test_torch_keeps_its_threads_outside_the_workers() -> None:
     before = torch.get_num_threads()
-    worker = single_worker()
-    assert worker.submit(torch.get_num_threads).result() == 1
+    workers = start_workers(3)
+    together = threading.Barrier(3)
+    for each in [workers.submit(lambda: (together.wait(), torch.get_num_threads())[1]) for _ in range(3)]:
+        assert each.result() == 1
     assert torch.get_num_threads() == before
     with ThreadPoolExecutor(1) as later:
         assert later.submit(torch.get_num_threads).result() == before
-    worker.shutdown()
+    workers.shutdown()
 
 
 def test_every_stage_is_timed() -> None:

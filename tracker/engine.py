@@ -27,18 +27,20 @@ def open_engine(
     classes: Sequence[str] = (),
     conf: float | None = None,
     compat: str | None = None,
+    lanes: int | None = None,
     threads: int | None = None,
 ) -> tuple[Detector, Manifest]:
     """The engine's front end, ready to take frames, and its manifest. Close the front end after use.
 
-    device, threads: see `OnnxRuntime`. frontend: what to take the engine for when no manifest lies beside
-    it, with that front end's own defaults. classes, conf: see the front end's config; None is its default.
+    device, lanes, threads: see `OnnxRuntime`. frontend: what to take the engine for when no manifest lies
+    beside it, with that front end's own defaults. classes, conf: see the front end's config; None is its
+    default.
     compat: "fairmot" also takes FairMOT's boxes back to source pixels as the official code does.
     Raises EngineError or ConfigError before any frame is read.
     """
     _check_engine(path)
     manifest = _manifest_of(path, frontend)
-    runtime = OnnxRuntime(path, device=device, threads=threads)
+    runtime = OnnxRuntime(path, device=device, lanes=lanes, threads=threads)
     if manifest is None:
         manifest = _frontend(frontend).describe(runtime, onnx_sha256=manifests.sha256(path))
     kind = _frontend(manifest.frontend)
@@ -75,7 +77,7 @@ def describe(
     elif layout is not None or legacy:
         raise ConfigError(f"--layout and --legacy are for yolox: leave them out with {frontend}")
     _check_engine(path)
-    runtime = OnnxRuntime(path, device="cpu")
+    runtime = OnnxRuntime(path, device="cpu", lanes=1)
     manifest = kind.describe(runtime, onnx_sha256=manifests.sha256(path), **options)
     kind(runtime, manifest, kind.config_type()).close()
     return manifest

@@ -1,12 +1,14 @@
 """What a run costs beyond the detector itself: `track` against the bare engine, in turns.
 
-The engine alone answers as many inputs as the video has frames, one after another, with nothing else going
-on; the run decodes, prepares, detects, associates and writes. Both are wall time.
+The engine alone answers as many inputs as the video has frames, with nothing else going on: once one after
+another on all cores, as a plain loop would, and once side by side in as many lanes as the run uses. The run
+decodes, prepares, detects, associates and writes. All are wall time.
 """
 
 from __future__ import annotations
 
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -24,17 +26,27 @@ WARM_UP = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overhead:
-    """Seconds of wall time for the same frames. stages: how long each was busy, in ms per frame."""
+    """Seconds of wall time for the same frames.
+
+    loop_seconds: the engine alone, one run after another. lanes_seconds: side by side. stages: how long each
+    was busy, over all threads, in ms per frame.
+    """
 
     frames: int
     run_seconds: float
-    engine_seconds: float
+    loop_seconds: float
+    lanes_seconds: float
     stages: dict[str, float]
 
     @property
-    def share(self) -> float:
-        """Of the run's wall time, what the engine alone would not have taken."""
-        return 1 - self.engine_seconds / self.run_seconds
+    def over_loop(self) -> float:
+        """Of the run's wall time, what the plain loop would not have taken; below 0: the run was faster."""
+        return 1 - self.loop_seconds / self.run_seconds
+
+    @property
+    def over_lanes(self) -> float:
+        """Of the run's wall time, what the engine in the run's own lanes would not have taken."""
+        return 1 - self.lanes_seconds / self.run_seconds
 
 
 def measure(options: Options, *, repeats: int) -> list[Overhead]:
@@ -46,31 +58,45 @@ def measure(options: Options, *, repeats: int) -> list[Overhead]:
                 pass
             frames, seconds = session.tracked_frames, session.wall_seconds
             stages = {stage.name: 1000 * stage.seconds / max(1, frames) for stage in session.stages()}
-        alone = _engine_alone(Path(options.engine), options.device, frames)
-        found.append(Overhead(frames=frames, run_seconds=seconds, engine_seconds=alone, stages=stages))
+        engine, device = Path(options.engine), options.device
+        loop, lanes = OnnxRuntime(engine, device=device, lanes=1), OnnxRuntime(engine, device=device)
+        found.append(
+            Overhead(
+                frames=frames,
+                run_seconds=seconds,
+                loop_seconds=_engine_alone(engine, loop, frames),
+                lanes_seconds=_engine_alone(engine, lanes, frames),
+                stages=stages,
+            )
+        )
     return found
 
 
 def table(laps: list[Overhead]) -> str:
-    """A line per turn, then the median share."""
-    lines = ["turn  frames  track s  engine alone s  overhead  busy ms per frame"]
+    """A line per turn, then the median shares."""
+    lines = ["turn  frames  track s  loop s  overhead  lanes s  overhead  busy ms per frame"]
     for number, lap in enumerate(laps, 1):
         busy = ", ".join(f"{name} {ms:.2f}" for name, ms in lap.stages.items())
         lines.append(
-            f"{number:4}  {lap.frames:6}  {lap.run_seconds:7.2f}  {lap.engine_seconds:14.2f}"
-            f"  {lap.share:8.1%}  {busy}"
+            f"{number:4}  {lap.frames:6}  {lap.run_seconds:7.2f}  {lap.loop_seconds:6.2f}"
+            f"  {lap.over_loop:8.1%}  {lap.lanes_seconds:7.2f}  {lap.over_lanes:8.1%}  {busy}"
         )
-    lines.append(f"median overhead {median(lap.share for lap in laps):.1%} of wall time")
+    lines.append("loop: the engine alone, one run after another; lanes: side by side, as track runs it")
+    loop, lanes = median(lap.over_loop for lap in laps), median(lap.over_lanes for lap in laps)
+    lines.append(f"median overhead: {loop:.1%} of wall time over the loop, {lanes:.1%} over the lanes")
     return "\n".join(lines)
 
 
-def _engine_alone(engine: Path, device: str, runs: int) -> float:
+def _engine_alone(engine: Path, runtime: OnnxRuntime, runs: int) -> float:
+    """Seconds for that many runs, in the runtime's lanes."""
     spec = read(beside(engine)).input
-    runtime = OnnxRuntime(engine, device=device)
     image = torch.rand(1, 3, spec.size[1], spec.size[0]) * 255
-    for _ in range(WARM_UP):
+
+    def answer(_: int) -> None:
         runtime.run({spec.name: image})
-    begun = perf_counter()
-    for _ in range(runs):
-        runtime.run({spec.name: image})
-    return perf_counter() - begun
+
+    with ThreadPoolExecutor(runtime.lanes) as lanes:
+        list(lanes.map(answer, range(WARM_UP * runtime.lanes)))
+        begun = perf_counter()
+        list(lanes.map(answer, range(runs)))
+        return perf_counter() - begun

@@ -1,6 +1,6 @@
 """The loop: frames enter, tracks leave.
 
-Every source is decoded in a thread of its own, a few frames ahead; the front end works in its own thread
+Every source is decoded in a thread of its own, a few frames ahead; the front end works in threads of its own
 or on the device; the caller's thread associates. So decoding frame t+2, detecting in t+1 and tracking t
 overlap. Knows no files, no options and nobody's names.
 """
@@ -19,9 +19,6 @@ from tracker.types import Association, Frame, Frontend, Pending, Source, Tracks
 
 # Frames decoded ahead of the front end: enough to ride out a slow one, few enough to hold in memory.
 AHEAD = 4
-
-# Batches in flight: one being tracked, one being detected.
-DEPTH = 2
 
 
 class Feed:
@@ -121,10 +118,11 @@ class Pipeline:
 
     def __iter__(self) -> Iterator[tuple[Frame, Tracks]]:
         """Every frame of every feed with its tracks; frames of one feed in order."""
+        depth = self.frontend.lanes + 1  # one batch waits, so that no lane does while another is tracked
         pending: deque[tuple[list[Frame], Pending]] = deque()
         for batch in batches(self.feeds, self.frontend.max_batch):
             pending.append((batch, self.frontend.submit(batch)))
-            if len(pending) == DEPTH:
+            if len(pending) == depth:
                 yield from self._settle(*pending.popleft())
         while pending:
             yield from self._settle(*pending.popleft())

@@ -188,11 +188,15 @@ class Source(Protocol):
 
 
 class Runtime(Protocol):
-    """An engine with named tensors. Shapes use None for a dimension left open."""
+    """An engine with named tensors. Shapes use None for a dimension left open.
+
+    lanes: runs at once, each in a thread of its caller's, that use the machine best.
+    """
 
     inputs: Mapping[str, tuple[int | None, ...]]
     outputs: Mapping[str, tuple[int | None, ...]]
     description: str  # for people: provider, version
+    lanes: int
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
 
@@ -206,12 +210,14 @@ class Pending(Protocol):
 class Frontend(Protocol):
     """A detector: frames in, detections in source pixels out, one list entry per frame.
 
-    embeds: whether detections carry embeddings. seconds: spent so far, by stage, in order.
+    embeds: whether detections carry embeddings. lanes: batches it works on at once. seconds: spent so far,
+    by stage, in order.
     """
 
     names: tuple[str, ...]
     max_batch: int
     embeds: bool
+    lanes: int
 
     @property
     def seconds(self) -> Mapping[str, float]: ...

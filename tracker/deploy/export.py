@@ -106,7 +106,7 @@ def export_fairmot(model: FairMOT, out: Path, config: ExportConfig, frames: Sequ
     with _unfinished(out) as file:
         onnx.save(graph, file)
         written = perf_counter()
-        runtime = OnnxRuntime(file, device="cpu")
+        runtime = OnnxRuntime(file, device="cpu", lanes=1)
         manifest = Fairmot.describe(runtime, onnx_sha256=manifests.sha256(file), names=config.names)
         Fairmot(runtime, manifest).close()
         images = _images(manifest, len(example), frames)

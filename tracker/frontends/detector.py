@@ -1,4 +1,4 @@
-"""What front ends of detectors have in common: the worker thread, the engine's runs, the stages' clocks.
+"""What front ends of detectors have in common: the workers, the engine's runs, the stages' clocks.
 
 Knows when things happen; what an engine answers and what that means, each detector's own module knows.
 """
@@ -8,9 +8,12 @@ from __future__ import annotations
 import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Lock
 from time import perf_counter
 from typing import ClassVar
 
@@ -20,7 +23,7 @@ from torch import Tensor
 from tracker.boxes import Fit
 from tracker.errors import ConfigError, EngineError
 from tracker.frontends.preprocess import Preprocessor, batch_of
-from tracker.frontends.worker import single_worker
+from tracker.frontends.worker import start_workers
 from tracker.manifest import Manifest
 from tracker.types import Detections, Frame, Runtime
 
@@ -57,13 +60,13 @@ def check_count(key: str, value: int) -> None:
 
 
 class Detector(ABC):
-    """One worker thread prepares, runs and decodes, so that the caller's thread can decode video and
-    associate meanwhile.
+    """Worker threads prepare, run and decode, so that the caller's thread can decode video and associate
+    meanwhile: as many as the runtime runs batches at once, each with a batch of its own.
 
     A detector sets itself up, then calls `_start`, which runs the engine once on an empty image, so that an
     engine that does not fit is found before the first frame.
 
-    seconds: spent so far in each stage: preprocess, inference, postprocess.
+    seconds: spent so far in each stage by all workers: preprocess, inference, postprocess.
     describe: the manifest of an ONNX file of its family, from its runtime, onnx_sha256, names, size and
         precision by name, and what else the family knows of.
     """
@@ -90,7 +93,11 @@ class Detector(ABC):
         batch = batch_of(runtime, manifest.input)
         self._static = batch is not None
         self.max_batch = batch or config.max_batch
-        self._preprocess = Preprocessor(manifest.input, self.max_batch)
+        self.lanes = runtime.lanes
+        self._idle: SimpleQueue[Preprocessor] = SimpleQueue()  # one for each worker
+        for _ in range(self.lanes):
+            self._idle.put(Preprocessor(manifest.input, self.max_batch))
+        self._clock = Lock()
         self.seconds = {"preprocess": 0.0, "inference": 0.0, "postprocess": 0.0}
 
     @abstractmethod
@@ -107,37 +114,49 @@ class Detector(ABC):
             raise EngineError(
                 f"{len(frames)} frames submitted; this engine takes 1 to {self.max_batch} at once"
             )
-        return self._worker.submit(self._detect, frames)
+        return self._workers.submit(self._detect, frames)
 
     def close(self) -> None:
         """Drop what has not begun, wait for what has."""
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._workers.shutdown(wait=True, cancel_futures=True)
 
     def _start(self) -> None:
-        self._worker = single_worker()
+        self._workers = start_workers(self.lanes)
         try:
-            self._worker.submit(self._probe).result()
+            self._workers.submit(self._probe).result()
         except BaseException:
             self.close()
             raise
 
     @torch.inference_mode()
     def _probe(self) -> None:
-        tensor, _ = self._preprocess(())
-        self._check(self._run(tensor, 1))
+        with self._preprocessor() as preprocess:
+            tensor, _ = preprocess(())
+            self._check(self._run(tensor, 1))
 
     @torch.inference_mode()
     def _detect(self, frames: Sequence[Frame]) -> list[Detections]:
-        begun = perf_counter()
-        tensor, fits = self._preprocess(frames)
-        prepared = perf_counter()
-        outputs = self._run(tensor, len(frames))
-        ran = perf_counter()
+        with self._preprocessor() as preprocess:
+            begun = perf_counter()
+            tensor, fits = preprocess(frames)
+            prepared = perf_counter()
+            outputs = self._run(tensor, len(frames))
+            ran = perf_counter()
         detections = self._decode(outputs, fits)
-        self.seconds["preprocess"] += prepared - begun
-        self.seconds["inference"] += ran - prepared
-        self.seconds["postprocess"] += perf_counter() - ran
+        with self._clock:
+            self.seconds["preprocess"] += prepared - begun
+            self.seconds["inference"] += ran - prepared
+            self.seconds["postprocess"] += perf_counter() - ran
         return detections
+
+    @contextmanager
+    def _preprocessor(self) -> Iterator[Preprocessor]:
+        """One that nobody else uses: its tensor is the engine's input until the run is over."""
+        mine = self._idle.get()
+        try:
+            yield mine
+        finally:
+            self._idle.put(mine)
 
     def _run(self, tensor: Tensor, count: int) -> Outputs:
         """What the first `count` images give, by role."""

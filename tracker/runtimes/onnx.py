@@ -5,6 +5,7 @@ Named torch tensors in and out, on the engine's device and without copies. Knows
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ _TYPES = {  # what ONNX Runtime calls them
 _NUMPY_TYPES = {
     tensor_type: torch.empty(0, dtype=tensor_type).numpy().dtype.type for tensor_type in _TYPES.values()
 }
+MAX_LANES = 4  # each holds a batch and its activations in memory
 _SILENT = 4  # ONNX Runtime's severity "fatal": what goes wrong is raised, not printed
 
 
@@ -37,16 +39,25 @@ class OnnxRuntime:
 
     device: "cpu", "cuda", "cuda:N" or "auto": CUDA where both ONNX Runtime and torch can use it, else the
         CPU. CUDA that was asked for and cannot be had is an error, never a silent run on the CPU.
-    threads: of the CPU for one run; None leaves it to ONNX Runtime: one per core.
+    lanes: runs that go on at once, each in a thread of its caller's; None is one on CUDA, and on a CPU as
+        many as it has cores, but at most MAX_LANES: frames side by side lose nothing to waiting for each
+        other, threads within a frame do.
+    threads: of the CPU for one run; None shares the cores out among the lanes.
 
     Raises EngineError when the file cannot be loaded, ConfigError for an impossible option.
     """
 
-    def __init__(self, path: Path, *, device: str = "auto", threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise ConfigError(f"threads is {threads}; it must be at least 1")
+    def __init__(
+        self, path: Path, *, device: str = "auto", lanes: int | None = None, threads: int | None = None
+    ) -> None:
+        for key, count in (("lanes", lanes), ("threads", threads)):
+            if count is not None and count < 1:
+                raise ConfigError(f"{key} is {count}; it must be at least 1")
         self.device = _resolve(device)
-        self._session = _load(path, self.device, threads or 0)
+        cores = _cores()
+        self.lanes = lanes or (min(cores, MAX_LANES) if self.device.type == "cpu" else 1)
+        self.threads = threads or max(1, cores // self.lanes)
+        self._session = _load(path, self.device, self.threads)
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         self.inputs: Mapping[str, Shape] = {node.name: _open_dimensions(node.shape) for node in inputs}
         self.outputs: Mapping[str, Shape] = {node.name: _open_dimensions(node.shape) for node in outputs}
@@ -90,6 +101,13 @@ class OnnxRuntime:
                 f"input {name} needs {wanted or 'a type no torch tensor has'}, got {tensor.dtype}"
             )
         return tensor.to(self.device, wanted).contiguous()
+
+
+def _cores() -> int:
+    """Those this process may use, where the system tells; containers and batch systems give away few."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _resolve(device: str) -> torch.device:
