@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 
 from tools.train import main
 from tracker.deploy.glimpses import MOST, GlimpseConfig, load
-from tracker.deploy.losses import FairMOTLoss, Targets, focal_loss, gather, gaussian_radius
+from tracker.deploy.losses import FairMOTLoss, Targets, focal_loss, gather, gaussian_radius, giou_loss
 from tracker.deploy.scenes import SceneConfig
 from tracker.deploy.training import Pool, TrainingConfig, mirror, schedule, train
 from tracker.errors import ConfigError
@@ -77,27 +79,84 @@ def test_nothing_to_find_is_an_ordinary_picture() -> None:
     heads = {name: torch.zeros(1, c, 24, 32) for name, c in (("hm", 2), ("wh", 4), ("reg", 2), ("id", 16))}
     total, parts = FairMOTLoss(16, 20)(heads, batch)
     assert torch.isfinite(total)
-    assert [float(parts[name]) for name in ("box", "offset", "identity")] == [0, 0, 0]
+    assert [float(parts[name]) for name in ("box", "overlap", "offset", "identity")] == [0] * 4
 
 
 def test_heads_that_are_right_cost_nothing() -> None:
     batch = objects(((40, 20, 60, 72), 0, 7, 1), ((80, 40, 112, 60), 1, 2, 1))
-    targets, loss = Targets(batch, 2, (32, 24)), FairMOTLoss(16, 20)
-    heads = {"hm": torch.where(targets.heat == 1, 20.0, -20.0)}
-    for name, values in (
-        ("wh", targets.edges),
-        ("reg", targets.offset),
-        ("id", loss.classifier.weight[[7, 2]][None]),
-    ):
-        head = torch.zeros(1, values.shape[-1], 24 * 32)
-        head[0, :, targets.cell[0]] = values[0].detach().T
-        heads[name] = head.reshape(1, -1, 24, 32)
+    loss, heads = FairMOTLoss(16, 20), {}
+    targets = Targets(batch, 2, (32, 24))
+    heads["hm"] = torch.where(targets.heat == 1, 20.0, -20.0)
+    for name, channels in (("wh", 4), ("reg", 2), ("id", 16)):
+        heads[name] = torch.zeros(1, channels, 24 * 32)
+    # Around each centre, since a box may be read from any cell there.
+    for across, down in ((x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)):
+        cell = targets.cell[0] + down * 32 + across
+        heads["wh"][0, :, cell] = targets.edges[0].T
+        heads["reg"][0, :, cell] = (targets.offset[0] - torch.tensor([across, down])).T
+        heads["id"][0, :, cell] = torch.eye(16)[:, :2]
+    heads = {name: head.reshape(1, -1, 24, 32) for name, head in heads.items()}
     assert torch.equal(gather(heads["wh"], targets.cell), targets.edges)
-    with torch.no_grad():
-        loss.classifier.weight.mul_(100)
+    for draw in range(10):
+        torch.manual_seed(draw)
         _, parts = loss(heads, batch)
-    assert max(float(parts[name]) for name in ("heat", "box", "offset", "identity")) < 1e-3
+        assert max(float(parts[name]) for name in ("heat", "box", "overlap", "offset")) < 1e-3
     assert float(parts["right"]) == 1
+
+
+def test_boxes_are_learnt_next_to_the_centre_too() -> None:
+    """The heat map's peak is often one cell off; the same box must be read there."""
+    batch = objects(((40, 20, 60, 72), 0, 7, 1))
+    own = Targets(batch, 2, (32, 24))
+    other = Targets(batch, 2, (32, 24), torch.tensor([[[0.55, -0.6]]]))
+    assert own.cell.item() == 11 * 32 + 12
+    assert other.cell.item() == 10 * 32 + 13
+    assert other.offset.tolist() == [[[-0.5, 1.5]]]
+    assert torch.equal(other.edges, own.edges)
+    assert torch.equal(other.heat, own.heat)
+
+
+@pytest.mark.parametrize(
+    ("found", "loss"),
+    [
+        ((0, 0, 4, 6), 0.0),
+        ((0, 3, 4, 9), 1 - 12 / 36 + 0 / 36),  # half of it, and the hull is their union
+        ((2, 3, 6, 9), 1 - 6 / 42 + (54 - 42) / 54),
+        ((6, 0, 10, 6), 1 - 0 + (60 - 48) / 60),  # apart: the farther, the worse
+        ((2, 3, 1, 2), 1 - 0 + 0.0),  # inside out: nothing of it counts
+    ],
+)
+def test_giou_is_the_published_one(found: tuple[int, ...], loss: float) -> None:
+    truth = torch.tensor([0.0, 0, 4, 6])
+    box = torch.tensor(found, dtype=torch.float32, requires_grad=True)
+    answer = giou_loss(box, truth)
+    assert answer.item() == pytest.approx(loss)
+    answer.backward()
+    assert box.grad is not None
+    assert box.grad.isfinite().all()
+
+
+def test_an_identity_is_known_by_how_it_first_looked() -> None:
+    batch = objects(
+        ((40, 20, 60, 72), 0, 7, 1), ((80, 40, 112, 60), 1, 0, 1), ((4, 30, 12, 60), 0, -1, 2),
+        ((0,) * 4, 0, -1, 0),
+    )  # fmt: skip
+    loss, generator = FairMOTLoss(16, 20), torch.Generator().manual_seed(0)
+    before = loss.classifier.weight.detach().clone()
+    heads = {name: torch.zeros(1, c, 24, 32) for name, c in (("hm", 2), ("wh", 4), ("reg", 2))}
+    looks = torch.randn(16, generator=generator)
+    heads["id"] = looks[:, None, None].expand(1, 16, 24, 32)
+    loss.eval()(heads, batch)
+    assert not loss.known.any()
+    loss.train()(heads, batch)
+    assert loss.known.nonzero().flatten().tolist() == [0, 7]
+    unit = looks / looks.norm()
+    assert torch.allclose(loss.classifier.weight[[0, 7]], unit.expand(2, 16))
+    others = ~loss.known
+    assert torch.equal(loss.classifier.weight[others], before[others])
+    # Later looks do not overwrite what has been learnt since.
+    loss(heads | {"id": -heads["id"]}, batch)
+    assert torch.allclose(loss.classifier.weight[7], unit)
 
 
 def test_ignored_objects_pull_nowhere() -> None:
@@ -109,20 +168,32 @@ def test_ignored_objects_pull_nowhere() -> None:
 
 
 def test_glimpses_carry_what_the_loss_needs() -> None:
-    batches = load(GLIMPSES)
-    batch, other = next(batches), next(batches)
+    with load(GLIMPSES) as batches, load(GLIMPSES) as again:
+        batch, other, same = next(batches), next(batches), next(again)
     assert batch["image"].shape == (2, 3, 96, 128)
     assert batch["image"].dtype == torch.uint8
     assert batch["xyxy"].shape == (2, MOST, 4)
     assert not torch.equal(batch["image"], other["image"])
-    assert torch.equal(next(load(GLIMPSES))["image"], batch["image"])
+    assert torch.equal(same["image"], batch["image"])
     named = batch["identity"] >= 0
     assert (batch["state"][named] == 1).all()
     assert int(batch["identity"].max()) < GLIMPSES.identities
 
 
+def test_workers_end_by_themselves(capfd: pytest.CaptureFixture[str]) -> None:
+    """Those stopped while a batch was on its way out were aborted, more often than not."""
+    with load(replace(GLIMPSES, batch=64, workers=2)) as batches:
+        next(batches)
+        workers = active_children()
+    for worker in workers:
+        worker.join(20)  # a busy machine takes its time to end what is over
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert "terminate" not in capfd.readouterr().err
+
+
 def test_mirroring_twice_changes_nothing() -> None:
-    batch = next(load(GLIMPSES))
+    with load(GLIMPSES) as batches:
+        batch = next(batches)
     which = torch.tensor([True, False])
     once = mirror(batch, which)
     assert torch.equal(once["image"][0], batch["image"][0].flip(-1))
@@ -155,6 +226,8 @@ def test_a_run_can_be_taken_up_again_and_leaves_weights(tmp_path: Path) -> None:
     weights = train(TrainingConfig(**config, steps=5), tmp_path, said.append)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    # Every other batch is of pictures seen before; each part of a run begins with new ones.
+    assert ["fresh" in line for line in lines] == [True, False, True, True, False]
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert any("going on" in line for line in said)
     saved = torch.load(weights, weights_only=True)

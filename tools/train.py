@@ -21,7 +21,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     length.add_argument("--steps", type=int)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument(
-        "--size", default="512x288", help="WIDTHxHEIGHT, multiples of 32 (default: %(default)s)"
+        "--size", default="576x320", help="WIDTHxHEIGHT, multiples of 32 (default: %(default)s)"
     )
     parser.add_argument(
         "--width", type=float, default=0.5, help="of DLA-34's channels (default: %(default)s)"
@@ -36,6 +36,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument(
         "--scenes", type=int, default=960, help="streets to learn from (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--first", type=int, default=1_000_000, help="seed of the first street (default: %(default)s)"
     )
     parser.add_argument("--people", type=int, default=40, help="at most, per scene (default: %(default)s)")
     parser.add_argument("--cars", type=int, default=8, help="at most, per scene (default: %(default)s)")
@@ -64,12 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             width, height = (int(side) for side in options.size.split("x"))
         except ValueError:
-            raise ConfigError(f"--size {options.size!r}: expected WIDTHxHEIGHT, such as 512x288") from None
+            raise ConfigError(f"--size {options.size!r}: expected WIDTHxHEIGHT, such as 576x320") from None
         scene = SceneConfig(size=(width, height), people=options.people, cars=options.cars)
         glimpses = GlimpseConfig(
             scene=scene,
             scenes=options.scenes,
             batch=options.batch,
+            first=options.first,
             seed=options.seed,
             workers=options.workers,
         )

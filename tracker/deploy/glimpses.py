@@ -7,7 +7,10 @@ nothing of the network.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from multiprocessing.synchronize import Event
 from typing import Any
 
 import cv2
@@ -51,15 +54,15 @@ class GlimpseConfig:
 
 
 class Glimpses(IterableDataset[Batch]):
-    """Endless batches. A batch holds, for B pictures and MOST objects each:
+    """Batches until `stop` is set. A batch holds, for B pictures and MOST objects each:
 
     image: (B, 3, H, W) uint8 RGB. xyxy: (B, K, 4) float32 pixels, whole boxes. label, identity: (B, K) int64,
     identity −1 where looks are not to be learnt. state: (B, K) uint8, 0 nothing, 1 to be found, 2 hardly
     visible: neither to be found nor to be taken for background.
     """
 
-    def __init__(self, config: GlimpseConfig) -> None:
-        self._config = config
+    def __init__(self, config: GlimpseConfig, stop: Event) -> None:
+        self._config, self._stop = config, stop
 
     def __iter__(self) -> Iterator[Batch]:
         config, info = self._config, get_worker_info()
@@ -69,7 +72,7 @@ class Glimpses(IterableDataset[Batch]):
         rng = np.random.default_rng((config.seed, worker))
         mine = range(worker, config.scenes, workers)
         scenes: dict[int, Scene] = {}
-        while True:
+        while not self._stop.is_set():
             glimpses = []
             for which in rng.choice(mine, config.batch):
                 if which not in scenes:
@@ -78,23 +81,36 @@ class Glimpses(IterableDataset[Batch]):
             yield {key: torch.from_numpy(np.stack([each[key] for each in glimpses])) for key in glimpses[0]}
 
 
-def load(config: GlimpseConfig) -> Iterator[Batch]:
-    """Batches from as many processes as the config asks for."""
+@contextmanager
+def load(config: GlimpseConfig) -> Iterator[Iterator[Batch]]:
+    """Batches from as many processes as the config asks for, which end when this is left.
+
+    They end by themselves, each after its last batch has been taken: one that is stopped while a batch is on
+    its way out is aborted by C++ ("terminate called without an active exception").
+    """
+    context = get_context("spawn")  # a fork would take CUDA's and OpenCV's threads for its own
+    stop = context.Event()
     loader: DataLoader[Batch] = DataLoader(
-        Glimpses(config),
+        Glimpses(config, stop),
         batch_size=None,
         num_workers=config.workers,
         prefetch_factor=3 if config.workers else None,
         pin_memory=torch.cuda.is_available(),
-        multiprocessing_context="spawn" if config.workers else None,
+        multiprocessing_context=context if config.workers else None,
     )
-    return iter(loader)
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        stop.set()
+        for _ in batches:
+            pass
 
 
 def _glimpse(rng: np.random.Generator, scene: Scene, first_identity: int) -> dict[str, NDArray[Any]]:
     """One moment, flipped, cropped and recoloured by chance."""
     width, height = scene.config.size
-    scale = float(np.exp(rng.uniform(np.log(0.85), np.log(1.5)))) if rng.random() < 0.7 else 1.0
+    scale = float(np.exp(rng.uniform(np.log(0.85), np.log(1.35)))) if rng.random() < 0.7 else 1.0
     shift = [rng.uniform(-1, 1) * 0.8 * max(room * scale - 0.5, 0.0) for room in (0.62, 0.56)]
     flip = rng.choice([-1.0, 1.0])
     view = np.array(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -123,6 +124,13 @@ class _Run:
     seconds: float = 0.0
     waited: float = 0.0
     sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, parts: dict[str, Tensor]) -> None:
+        """Toward the log's means; summed on the device, since reading each would wait for it."""
+        for name, part in parts.items():
+            self.sums[name] = self.sums.get(name, torch.zeros_like(part)) + part
+        self.counts.update(parts.keys())
 
 
 def train(config: TrainingConfig, directory: Path, say: Callable[[str], None] = print) -> Path:
@@ -174,30 +182,32 @@ def _begin(config: TrainingConfig) -> _Run:
 
 def _loop(run: _Run, config: TrainingConfig, directory: Path, note: Callable[[dict[str, Any]], None]) -> None:
     """Steps until the time or the count is up."""
-    device = torch.device(config.device)
-    batches, pool = load(_shifted(config.glimpses, run.step)), Pool(config.pool)
+    device, pool = torch.device(config.device), Pool(config.pool)
     generator = torch.Generator().manual_seed(config.seed + run.step)
     noted = saved = time.perf_counter()
     began, first, since = noted - run.seconds, run.step, (run.step, run.waited)
-    while (progress := _progress(run, config)) < 1:
-        for rate_group in run.optimiser.param_groups:
-            rate_group["lr"] = config.rate * schedule(progress, config.warm_up)
-        if (run.step - first) % config.reuse == 0:
-            batch, waited = _next(batches, device)
-            run.waited += waited
-            if config.reuse > 1:
-                pool.add(batch)
-        else:
-            batch = pool.draw(config.glimpses.batch, generator)
-        _step(run, batch, config)
-        now = time.perf_counter()
-        run.seconds = now - began
-        if now - noted >= config.log_seconds or _progress(run, config) >= 1:
-            note(_line(run, config, since, now - noted))
-            noted, since = now, (run.step, run.waited)
-        if now - saved >= config.save_seconds:
-            _save(run, config, directory)
-            saved = now
+    with load(_shifted(config.glimpses, run.step)) as batches:
+        while (progress := _progress(run, config)) < 1:
+            for rate_group in run.optimiser.param_groups:
+                rate_group["lr"] = config.rate * schedule(progress, config.warm_up)
+            fresh = (run.step - first) % config.reuse == 0
+            if fresh:
+                batch, waited = _next(batches, device)
+                run.waited += waited
+                if config.reuse > 1:
+                    pool.add(batch)
+            else:
+                batch = pool.draw(config.glimpses.batch, generator)
+            parts = _step(run, batch, config)
+            run.add({**parts, "fresh": parts["loss"]} if fresh else parts)
+            now = time.perf_counter()
+            run.seconds = now - began
+            if now - noted >= config.log_seconds or _progress(run, config) >= 1:
+                note(_line(run, config, since, now - noted))
+                noted, since = now, (run.step, run.waited)
+            if now - saved >= config.save_seconds:
+                _save(run, config, directory)
+                saved = now
 
 
 def _next(batches: Iterator[Batch], device: torch.device) -> tuple[Batch, float]:
@@ -208,13 +218,14 @@ def _next(batches: Iterator[Batch], device: torch.device) -> tuple[Batch, float]
     return {key: each.to(device, non_blocking=True) for key, each in batch.items()}, waited
 
 
-def _step(run: _Run, batch: Batch, config: TrainingConfig) -> None:
-    """One step of optimisation, and of the average behind it."""
+def _step(run: _Run, batch: Batch, config: TrainingConfig) -> dict[str, Tensor]:
+    """One step of optimisation, and of the average behind it; returns the loss's parts."""
     images = batch["image"].float().div_(255).contiguous(memory_format=torch.channels_last)
     mixed = torch.autocast("cuda", torch.bfloat16) if images.is_cuda else nullcontext()
     run.model.train()
     with mixed:
         heads = run.model(images)
+    parts: dict[str, Tensor]
     total, parts = run.loss(heads, batch)
     run.optimiser.zero_grad(set_to_none=True)
     total.backward()
@@ -226,8 +237,7 @@ def _step(run: _Run, batch: Batch, config: TrainingConfig) -> None:
         mine, theirs = list(run.average.state_dict().values()), list(run.model.state_dict().values())
         floats = [(a, b) for a, b in zip(mine, theirs, strict=True) if a.is_floating_point()]
         torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1 - keep)
-    for name, part in parts.items():  # summed on the device: reading each would wait for it
-        run.sums[name] = run.sums.get(name, torch.zeros_like(part)) + part
+    return parts
 
 
 def schedule(progress: float, warm_up: float) -> float:
@@ -249,10 +259,15 @@ def _shifted(glimpses: GlimpseConfig, step: int) -> GlimpseConfig:
 
 
 def _line(run: _Run, config: TrainingConfig, since: tuple[int, float], lasted: float) -> dict[str, Any]:
-    """What the log says, as means since the last line; reading the sums is the loop's only wait."""
+    """What the log says, as means since the last line; reading the sums is the loop's only wait.
+
+    "fresh" is the loss of pictures never seen before: with --reuse the others are seen several times, and
+    while the learning rate is high the network knows the latest of them by heart.
+    """
     steps = run.step - since[0]
-    means = {name: round(float(total) / steps, 5) for name, total in run.sums.items()}
+    means = {name: round(float(total) / run.counts[name], 5) for name, total in run.sums.items()}
     run.sums.clear()
+    run.counts.clear()
     return {
         "step": run.step,
         "seconds": round(run.seconds, 1),
@@ -267,7 +282,8 @@ def _line(run: _Run, config: TrainingConfig, since: tuple[int, float], lasted: f
 
 def _readable(line: dict[str, Any]) -> str:
     losses = "  ".join(
-        f"{name} {line[name]:.3f}" for name in ("loss", "heat", "box", "offset", "identity", "right")
+        f"{name} {line[name]:.3f}"
+        for name in ("loss", "heat", "box", "overlap", "offset", "identity", "right")
     )
     return (
         f"{line['progress']:6.1%}  step {line['step']}  {losses}  "
@@ -328,11 +344,11 @@ def draw_curves(directory: Path) -> None:
     from matplotlib import pyplot
 
     lines = [json.loads(line) for line in (directory / LOG).read_text(encoding="utf-8").splitlines()]
-    figure, axes = pyplot.subplots(2, 3, figsize=(12, 6))
-    for axis, name in zip(
-        axes.flat, ("heat", "box", "offset", "identity", "right", "images_per_second"), strict=True
-    ):
-        axis.plot([line["step"] for line in lines], [line[name] for line in lines])
+    figure, axes = pyplot.subplots(2, 4, figsize=(16, 6))
+    shown = ("loss", "fresh", "heat", "box", "overlap", "identity", "right", "images_per_second")
+    for axis, name in zip(axes.flat, shown, strict=True):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        axis.plot(*zip(*points, strict=True))
         axis.set_title(name)
     figure.tight_layout()
     figure.savefig(directory / CURVES, dpi=100)

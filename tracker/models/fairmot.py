@@ -96,7 +96,9 @@ def random_fairmot(config: FairMOTConfig | None = None, *, seed: int = 0) -> Fai
     is: no offset, bias or normalisation is left as it begins, and activations keep their scale.
     """
     generator = torch.Generator().manual_seed(seed)
-    model = FairMOT(config)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)  # a new network's own weights are drawn from torch's generator
+        model = FairMOT(config)
     for name, weight in model.named_parameters():
         noise = torch.empty(weight.shape).uniform_(-1, 1, generator=generator)
         gain = 0.02 if "conv_offset_mask" in name else 6.0  # He et al. 2015
