@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from tracker.association import Byte
-from tracker.errors import SourceError
+from tracker.crew import LocalCrew
+from tracker.crew_worker import Duty
+from tracker.errors import EngineError, SourceError
 from tracker.pipeline import AHEAD, Feed, Pipeline, batches
-from tracker.types import Detections, Frame, FrameCounts
+from tracker.types import Detections, Frame, FrameCounts, Outcome
 
 
 class CountingSource:
@@ -78,8 +80,13 @@ def run(
     for feed in feeds:
         feed.__enter__()
     try:
-        pipeline = Pipeline(feeds, frontend, [Byte() for _ in sources])
-        return [(frame.source, frame.index, tracks.id.tolist()) for frame, tracks in pipeline], feeds
+        crew = LocalCrew([Duty(name=source.name, associate=Byte) for source in sources])
+        pipeline = Pipeline(feeds, frontend, crew)
+        out = [
+            (outcome.frame.source, outcome.frame.index, outcome.tracks.id.tolist()) for outcome in pipeline
+        ]
+        assert pipeline.batches == len(frontend.batches)
+        return out, feeds
     finally:
         for feed in feeds:
             feed.__exit__()
@@ -134,6 +141,51 @@ def test_a_source_that_breaks_ends_alone_after_its_good_frames() -> None:
     assert [index for source, index, _ in out if source == 1] == list(range(10))
     assert isinstance(feeds[0].error, SourceError)
     assert feeds[1].error is None
+
+
+class BatchBehind(LocalCrew):
+    """Gives each batch's outcomes when it gets the next, as processes do."""
+
+    def __init__(self, sources: int) -> None:
+        super().__init__([Duty(name="fake", associate=Byte) for _ in range(sources)])
+        self._done: list[Outcome] = []
+
+    def associate(self, frames: Sequence[Frame], found: Sequence[Detections]) -> Iterator[Outcome]:
+        before, self._done = self._done, list(super().associate(frames, found))
+        return iter(before)
+
+    def finish(self) -> Iterator[Outcome]:
+        before, self._done = self._done, []
+        return iter(before)
+
+
+class LosesItsDevice(OneBox):
+    """Fails at its fifth batch."""
+
+    def submit(self, frames: Sequence[Frame]) -> Future[list[Detections]]:
+        if len(self.batches) < 4:
+            return super().submit(frames)
+        lost: Future[list[Detections]] = Future()
+        lost.set_exception(EngineError("the device fell off the bus"))
+        return lost
+
+
+def test_a_crew_may_be_a_batch_behind() -> None:
+    frontend = OneBox()
+    with Feed(CountingSource(10)) as feed:
+        out = [outcome.frame.index for outcome in Pipeline([feed], frontend, BatchBehind(1))]
+    frontend.close()
+    assert out == list(range(10))
+
+
+@pytest.mark.parametrize("crew", [BatchBehind(1), LocalCrew([Duty(name="fake", associate=Byte)])])
+def test_frames_before_a_lost_device_come_out(crew: LocalCrew) -> None:
+    out: list[int] = []
+    frontend = LosesItsDevice()
+    with Feed(CountingSource(10)) as feed, pytest.raises(EngineError, match="fell off the bus"):
+        out.extend(outcome.frame.index for outcome in Pipeline([feed], frontend, crew))
+    frontend.close()
+    assert out == [0, 1, 2, 3]
 
 
 def test_a_bug_in_a_source_is_not_mistaken_for_its_end() -> None:

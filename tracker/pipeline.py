@@ -1,8 +1,8 @@
 """The loop: frames enter, tracks leave.
 
 Every source is decoded in a thread of its own, a few frames ahead; the front end works in threads of its own
-or on the device; the caller's thread associates. So decoding frame t+2, detecting in t+1 and tracking t
-overlap. Knows no files, no options and nobody's names.
+or on the device; a crew associates, in the caller's thread or in processes of its own. So decoding frame
+t+2, detecting in t+1 and tracking t overlap. Knows no files, no options and nobody's names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import Self
 
 from tracker.errors import TrackerError
-from tracker.types import Association, Frame, Frontend, Pending, Source, Tracks
+from tracker.types import Crew, Frame, Frontend, Outcome, Pending, Source
 
 # Frames decoded ahead of the front end: enough to ride out a slow one, few enough to hold in memory.
 AHEAD = 4
@@ -105,18 +105,16 @@ def batches(feeds: Sequence[Feed], size: int) -> Iterator[list[Frame]]:
 
 
 class Pipeline:
-    """Feeds → front end → associations, one per feed.
+    """Feeds → front end → crew.
 
-    associate_seconds, wait_seconds: spent so far associating, and waiting for the front end.
+    batches: settled so far. wait_seconds: spent waiting for the front end.
     """
 
-    def __init__(
-        self, feeds: Sequence[Feed], frontend: Frontend, associations: Sequence[Association]
-    ) -> None:
-        self.feeds, self.frontend, self.associations = feeds, frontend, associations
-        self.associate_seconds = self.wait_seconds = 0.0
+    def __init__(self, feeds: Sequence[Feed], frontend: Frontend, crew: Crew) -> None:
+        self.feeds, self.frontend, self.crew = feeds, frontend, crew
+        self.batches, self.wait_seconds = 0, 0.0
 
-    def __iter__(self) -> Iterator[tuple[Frame, Tracks]]:
+    def __iter__(self) -> Iterator[Outcome]:
         """Every frame of every feed with its tracks; frames of one feed in order."""
         depth = self.frontend.lanes + 1  # one batch waits, so that no lane does while another is tracked
         pending: deque[tuple[list[Frame], Pending]] = deque()
@@ -126,13 +124,15 @@ class Pipeline:
                 yield from self._settle(*pending.popleft())
         while pending:
             yield from self._settle(*pending.popleft())
+        yield from self.crew.finish()
 
-    def _settle(self, batch: list[Frame], work: Pending) -> Iterator[tuple[Frame, Tracks]]:
+    def _settle(self, batch: list[Frame], work: Pending) -> Iterator[Outcome]:
         begun = perf_counter()
-        found = work.result()  # the only place where the host waits for the front end
+        try:
+            found = work.result()  # the only place where the host waits for the front end
+        except TrackerError:
+            yield from self.crew.finish()  # what was detected before is good
+            raise
         self.wait_seconds += perf_counter() - begun
-        for frame, detections in zip(batch, found, strict=True):
-            begun = perf_counter()
-            tracks = self.associations[frame.source].update(frame.index, detections)
-            self.associate_seconds += perf_counter() - begun
-            yield frame, tracks
+        self.batches += 1
+        yield from self.crew.associate(batch, found)

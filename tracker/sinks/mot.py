@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tracker.boxes import xyxy_to_xywh
 from tracker.sinks.output import LineSink
 from tracker.types import Frame, Tracks
 
@@ -21,8 +20,12 @@ _ROW = "%d,%d,%.4f,%.4f,%.4f,%.4f,%.4f,-1,-1,-1\n"
 def format_rows(frame_number: int, tracks: Tracks) -> str:
     """One line per track, each ending with a newline. frame_number: from 1."""
     count = len(tracks)
-    xywh = xyxy_to_xywh(np.asarray(tracks.xyxy, np.float64))  # (N, 4)
-    rows = np.column_stack((np.full(count, frame_number), tracks.id, xywh, tracks.score))  # (N, 7)
+    rows = np.empty((count, 7))
+    rows[:, 0] = frame_number
+    rows[:, 1] = tracks.id
+    rows[:, 2:6] = tracks.xyxy
+    rows[:, 4:6] -= rows[:, 2:4]
+    rows[:, 6] = tracks.score
     return _ROW * count % tuple(rows.ravel().tolist())  # one formatting for all: a call per row costs twice
 
 
