@@ -1,12 +1,17 @@
-"""Where the real test data is, and the one way to skip without it."""
+"""Where the real test data and the GPU are, and the one way to do without either."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("TRACKER_DATA", ROOT.parent / "shared" / "data"))
@@ -18,6 +23,32 @@ def data() -> Path:
     if not (DATA / "pets09").is_dir():
         pytest.skip(f"no test data at {DATA}: set TRACKER_DATA to the folder that holds pets09/ and mot17/")
     return DATA
+
+
+def without_gpu(reason: str) -> NoReturn:
+    """Skip what needs a GPU; fail where TRACKER_REQUIRE_GPU=1 says that there is one."""
+    (pytest.fail if os.environ.get("TRACKER_REQUIRE_GPU") == "1" else pytest.skip)(reason)
+    raise AssertionError
+
+
+@pytest.fixture(scope="session")
+def gpu() -> torch.device:
+    """The first CUDA device; skips without one, or fails where TRACKER_REQUIRE_GPU=1."""
+    import torch
+
+    if not torch.cuda.is_available():
+        without_gpu("needs an NVIDIA GPU: torch sees none")
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="session")
+def tensorrt(gpu: torch.device) -> ModuleType:
+    """TensorRT, on a machine with a GPU; skips without, or fails where TRACKER_REQUIRE_GPU=1."""
+    try:
+        import tensorrt
+    except ImportError as error:
+        without_gpu(f"needs TensorRT: {error}")
+    return tensorrt
 
 
 @pytest.fixture(scope="module")

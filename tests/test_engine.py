@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from onnx import helper
 from onnx_files import detector, save
 
 from tracker import manifest as manifests
+from tracker.cli import main as track_command
 from tracker.engine import describe, open_engine
 from tracker.errors import ConfigError, EngineError
 from tracker.types import Detections, Frame, Image
@@ -110,8 +112,9 @@ def text(path: Path) -> Path:
     ("make", "words"),
     [
         (lambda folder: folder / "missing.onnx", "missing.onnx is missing"),
-        (lambda folder: folder / "missing.engine", "TensorRT engine, which this version cannot run yet"),
-        (lambda folder: text(folder / "a.engine"), "TensorRT engine, which this version cannot run yet"),
+        (lambda folder: folder / "missing.engine", r"missing\.engine is missing: name an engine file"),
+        (lambda folder: folder / "missing.pt2", r"missing\.pt2 is missing: name an engine file"),
+        (lambda folder: text(folder / "a.pt2"), r"has no manifest: a \.pt2 file is code"),
         (lambda folder: text(folder / "a.pt"), r"a\.pt is no engine this version can run: name an \.onnx"),
         (lambda folder: text(folder / "a.onnx"), "no ONNX model"),
         (lambda folder: folder, "no engine this version can run"),
@@ -120,6 +123,28 @@ def text(path: Path) -> Path:
 def test_files_that_are_no_engine(tmp_path: Path, make: Callable[[Path], Path], words: str) -> None:
     with pytest.raises(EngineError, match=words):
         open_engine(make(tmp_path), frontend="yolox")
+
+
+@pytest.mark.parametrize("suffix", [".engine", ".plan"])
+def test_tensorrt_engines_are_told_by_their_suffix(tmp_path: Path, suffix: str) -> None:
+    path = text(tmp_path / f"a{suffix}")
+    with pytest.raises(EngineError, match=r"needs an NVIDIA GPU, and the CPU is asked for: use the \.onnx"):
+        open_engine(path, frontend="yolox", device="cpu")
+    with pytest.raises(EngineError, match=r"no manifest .*that tools/build\.py wrote .*--frontend"):
+        open_engine(path)
+    with pytest.raises(EngineError, match=r"TensorRT engine: tools/build\.py describes those that it builds"):
+        describe(path, frontend="yolox")
+    with pytest.raises(ConfigError, match=r"threads is 2; it is for \.onnx files alone"):
+        open_engine(path, frontend="yolox", threads=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_tensorrt_engine_without_a_gpu_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = text(tmp_path / "a.engine")
+    assert track_command(["nothing.mp4", "--engine", str(path), "--frontend", "yolox"]) == 1
+    said = capsys.readouterr().err
+    assert "needs an NVIDIA GPU" in said
+    assert "Traceback" not in said
 
 
 RELU = helper.make_node("Relu", ["x"], ["y"])

@@ -34,6 +34,8 @@ MANIFEST = Manifest(
     engine_sha256=HASH,
     tensorrt_version="10.15.1",
     sm=89,
+    builder="tensorrt",
+    batch=(1, 4, 8),
 )
 
 
@@ -47,8 +49,10 @@ def test_written_and_read_back(tmp_path: Path) -> None:
 
 def test_what_only_tensorrt_needs_may_be_left_out(tmp_path: Path) -> None:
     raw = content()
-    del raw["tensorrt_version"], raw["sm"]
-    assert manifests.read(file(tmp_path, raw)).sm is None
+    for key in ("tensorrt_version", "sm", "builder", "batch"):
+        del raw[key]
+    manifest = manifests.read(file(tmp_path, raw))
+    assert manifest.sm is manifest.builder is manifest.batch is None
 
 
 def content() -> dict[str, Any]:
@@ -116,11 +120,16 @@ def drop(*keys: str) -> Callable[[dict[str, Any]], None]:
             put("names", value=["car", "person", "car"]),
             r"names is \['car'\]; it must be each class name once",
         ),
-        (put("precision", value="fp8"), "precision is 'fp8'; it must be fp32 or fp16 or int8"),
+        (put("precision", value="fp8"), "precision is 'fp8'; it must be fp32 or fp16 or bf16 or int8"),
         (put("onnx_sha256", value="abc"), "onnx_sha256 is 'abc'; it must be 64 hexadecimal"),
         (put("engine_sha256", value=HASH.upper()), "engine_sha256"),
         (put("tensorrt_version", value=10), "tensorrt_version"),
         (put("sm", value="89"), "sm is '89'"),
+        (put("builder", value="trtexec"), "builder is 'trtexec'; it must be tensorrt or tensorrt_rtx or"),
+        (put("batch", value=8), "batch is 8; it must be three numbers, least, usual and greatest"),
+        (put("batch", value=[1, 8]), r"batch is \(1, 8\)"),
+        (put("batch", value=[0, 1, 8]), r"batch is \(0, 1, 8\)"),
+        (put("batch", value=[4, 1, 8]), r"batch is \(4, 1, 8\)"),
     ],
 )
 def test_every_wrong_word_is_named(
@@ -154,9 +163,13 @@ def test_the_engine_must_be_the_one_described(tmp_path: Path) -> None:
     manifest.verify(engine)
     engine.write_bytes(b"two")
     with pytest.raises(
-        EngineError, match=r"SHA-256 3fc4ccfe7458…, manifest 7692c3ad3540….*tools/manifest\.py"
+        EngineError,
+        match=r"SHA-256 3fc4ccfe7458…, manifest 7692c3ad3540….*build it again with tools/build\.py",
     ):
         manifest.verify(engine)
+    own = dataclasses.replace(manifest, tensorrt_version=None, sm=None, builder=None, batch=None)
+    with pytest.raises(EngineError, match=r"write the manifest again with tools/manifest\.py"):
+        own.verify(engine)
     engine.unlink()
     with pytest.raises(EngineError, match="cannot read"):
         manifest.verify(engine)

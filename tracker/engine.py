@@ -16,7 +16,14 @@ from tracker.frontends.detector import Detector
 from tracker.frontends.fairmot import Fairmot
 from tracker.frontends.yolox import Yolox
 from tracker.manifest import Manifest, Precision
+from tracker.runtimes.lanes import LaneRuntime
 from tracker.runtimes.onnx import OnnxRuntime
+from tracker.runtimes.segments import SegmentsRuntime, in_segments
+from tracker.runtimes.tensorrt import TensorRTRuntime
+from tracker.runtimes.torch_export import TorchExportRuntime
+from tracker.types import Runtime
+
+ONNX, TENSORRT, TORCH = ".onnx", (".engine", ".plan"), ".pt2"
 
 
 def open_engine(
@@ -32,21 +39,23 @@ def open_engine(
 ) -> tuple[Detector, Manifest]:
     """The engine's front end, ready to take frames, and its manifest. Close the front end after use.
 
-    device, lanes, threads: see `OnnxRuntime`. frontend: what to take the engine for when no manifest lies
-    beside it, with that front end's own defaults. classes, conf: see the front end's config; None is its
-    default.
+    device: "cpu", "cuda", "cuda:N" or "auto". lanes, threads: see `OnnxRuntime`; threads are its alone.
+    frontend: what to take the engine for when no manifest lies beside it, with that front end's own defaults;
+    a .pt2 file needs its manifest. classes, conf: see the front end's config; None is its default.
     compat: "fairmot" also takes FairMOT's boxes back to source pixels as the official code does.
     Raises EngineError or ConfigError before any frame is read.
     """
     _check_engine(path)
     manifest = _manifest_of(path, frontend)
-    runtime = OnnxRuntime(path, device=device, lanes=lanes, threads=threads)
+    runtime = _open(path, manifest, device=device, lanes=lanes, threads=threads)
     if manifest is None:
         manifest = _frontend(frontend).describe(runtime, onnx_sha256=manifests.sha256(path))
     kind = _frontend(manifest.frontend)
     settings: dict[str, Any] = {"classes": tuple(classes)}
     if conf is not None:
         settings["conf"] = conf
+    if isinstance(runtime, LaneRuntime):
+        settings["max_batch"] = runtime.max_batch
     if kind is Fairmot and compat == "fairmot":
         settings["official_transform"] = True
     return kind(runtime, manifest, kind.config_type(**settings)), manifest
@@ -62,8 +71,10 @@ def describe(
     layout: str | None = None,
     legacy: bool = False,
 ) -> Manifest:
-    """The manifest of an ONNX file, after running it once: see the front end's own `describe`.
+    """The manifest of an .onnx or .pt2 file, after running it once: see the front end's own `describe`.
 
+    A .pt2 file is code and is run: describe only what you trust; its hash then stands for that. TensorRT
+    engines get their manifest from what builds them.
     names, layout: None is the front end's default. layout, legacy: of YOLOX alone.
     Raises EngineError when what comes out does not fit the front end.
     """
@@ -77,26 +88,49 @@ def describe(
     elif layout is not None or legacy:
         raise ConfigError(f"--layout and --legacy are for yolox: leave them out with {frontend}")
     _check_engine(path)
-    runtime = OnnxRuntime(path, device="cpu", lanes=1)
+    if path.suffix in TENSORRT:
+        raise EngineError(
+            f"{path} is a TensorRT engine: tools/build.py describes those that it builds; for another, name "
+            "the front end with --frontend when it is run"
+        )
+    runtime: Runtime = (
+        TorchExportRuntime(path, lanes=1, trusted=True)
+        if path.suffix == TORCH
+        else OnnxRuntime(path, device="cpu", lanes=1)
+    )
     manifest = kind.describe(runtime, onnx_sha256=manifests.sha256(path), **options)
     kind(runtime, manifest, kind.config_type()).close()
     return manifest
 
 
+def _open(
+    path: Path, manifest: Manifest | None, *, device: str, lanes: int | None, threads: int | None
+) -> Runtime:
+    """The runtime for the file, which is the manifest's where there is one."""
+    if path.suffix == ONNX:
+        if manifest is not None:
+            manifest.verify(path)
+        return OnnxRuntime(path, device=device, lanes=lanes, threads=threads)
+    if threads is not None:
+        raise ConfigError(f"threads is {threads}; it is for .onnx files alone: leave it out with {path}")
+    if path.suffix == TORCH:
+        return TorchExportRuntime(path, device=device, manifest=manifest, lanes=lanes)
+    kind = SegmentsRuntime if in_segments(path) else TensorRTRuntime
+    return kind(path, device=device, manifest=manifest, lanes=lanes)
+
+
 def _check_engine(path: Path) -> None:
     """EngineError for what no runtime takes."""
-    if path.suffix in (".engine", ".plan"):
+    if path.suffix not in (ONNX, *TENSORRT, TORCH):
         raise EngineError(
-            f"{path} is a TensorRT engine, which this version cannot run yet: use its .onnx file"
+            f"{path} is no engine this version can run: name an .onnx, .engine (TensorRT) or .pt2 file"
         )
-    if path.suffix != ".onnx":
-        raise EngineError(f"{path} is no engine this version can run: name an .onnx file")
     if not path.is_file():
-        raise EngineError(f"{path} is {'a directory' if path.is_dir() else 'missing'}: name an .onnx file")
+        raise EngineError(f"{path} is {'a directory' if path.is_dir() else 'missing'}: name an engine file")
 
 
 def _manifest_of(path: Path, frontend: str | None) -> Manifest | None:
-    """The manifest beside the engine, checked against it; None if there is none and `frontend` stands in."""
+    """The manifest beside the engine; None if there is none and `frontend` stands in."""
     beside = manifests.beside(path)
     if beside.exists():
         manifest = manifests.read(beside)
@@ -105,12 +139,14 @@ def _manifest_of(path: Path, frontend: str | None) -> Manifest | None:
                 f"--frontend {frontend} contradicts {beside}, which says {manifest.frontend}: leave out the "
                 "option, or write the manifest again with tools/manifest.py"
             )
-        manifest.verify(path)
         return manifest
     if frontend is None:
+        write = f"write one with `tools/manifest.py {path} --frontend {'|'.join(FRONTENDS)}`"
+        if path.suffix in TENSORRT:
+            write = "put the one there that tools/build.py wrote with it"
         raise EngineError(
-            f"{path} has no manifest {beside.name} beside it: write one with `tools/manifest.py {path} "
-            f"--frontend {'|'.join(FRONTENDS)}`, or name the front end for this run with --frontend"
+            f"{path} has no manifest {beside.name} beside it: {write}, or name the front end for this run "
+            "with --frontend"
         )
     return None
 

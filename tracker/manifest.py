@@ -24,7 +24,9 @@ FORMAT = 1
 Colour = Literal["bgr", "rgb"]
 Resize = Literal["corner", "center", "stretch"]
 Interpolation = Literal["linear", "area"]
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Builder = Literal["tensorrt", "tensorrt_rtx"]
+Batch = tuple[int, int, int]  # least, usual (what it is tuned for), greatest images per run
 Triple = tuple[float, float, float]
 T = TypeVar("T")
 
@@ -70,7 +72,9 @@ class Manifest:
     outputs: role → tensor name; which roles there are, the front end says. names: class names by index.
     precision: of the engine's arithmetic, for people. onnx_sha256: the ONNX file the engine comes from;
     engine_sha256: the engine file itself, the same for an engine that is an ONNX file.
-    tensorrt_version, sm: what a TensorRT engine is bound to (sm 89 is compute capability 8.9), else None.
+    Of TensorRT engines, else None: builder, the library that made it and runs it. tensorrt_version, sm: what
+    it is bound to (sm 89 is compute capability 8.9; None for TensorRT-RTX's, which run on several).
+    batch: images per run that it takes.
     Raises ConfigError naming the key, its value and what is allowed.
     """
 
@@ -83,6 +87,8 @@ class Manifest:
     engine_sha256: str
     tensorrt_version: str | None = None
     sm: int | None = None
+    builder: Builder | None = None
+    batch: Batch | None = None
 
     def __post_init__(self) -> None:
         _check("frontend", self.frontend, _is_text(self.frontend), "a front end's name")
@@ -101,15 +107,23 @@ class Manifest:
         version = self.tensorrt_version
         _check("tensorrt_version", version, version is None or _is_text(version), "a version or null")
         _check("sm", self.sm, self.sm is None or _is_count(self.sm), "a number such as 89, or null")
+        _check_choice("builder", self.builder, (*get_args(Builder), None))
+        allowed = "three numbers, least, usual and greatest, each at least 1, or null"
+        _check("batch", self.batch, self.batch is None or _is_batch(self.batch), allowed)
 
-    def verify(self, engine: Path) -> None:
-        """Raise EngineError unless this manifest belongs to the engine file as it is now."""
-        found = sha256(engine)
+    def verify(self, engine: Path, content: bytes | None = None) -> None:
+        """Raise EngineError unless this manifest belongs to the engine file as it is now.
+
+        content: what was read from the file, for those who must know that it is what they go on with.
+        """
+        found = sha256(engine) if content is None else hashlib.sha256(content).hexdigest()
         if found != self.engine_sha256:
+            again = "write the manifest again with tools/manifest.py"
+            if self.tensorrt_version is not None:
+                again = "build it again with tools/build.py"
             raise EngineError(
                 f"{engine} is not the file its manifest {beside(engine).name} describes (SHA-256 "
-                f"{found[:12]}…, manifest {self.engine_sha256[:12]}…): write the manifest again with "
-                "tools/manifest.py, or put the right engine back"
+                f"{found[:12]}…, manifest {self.engine_sha256[:12]}…): {again}, or put the right engine back"
             )
 
 
@@ -196,6 +210,11 @@ def _is_number(value: object) -> bool:
 
 def _is_triple(value: object) -> bool:
     return isinstance(value, tuple) and len(value) == 3 and all(_is_number(number) for number in value)
+
+
+def _is_batch(value: object) -> bool:
+    counts = isinstance(value, tuple) and len(value) == 3 and all(map(_is_count, value))
+    return counts and list(value) == sorted(value)  # type: ignore[call-overload]
 
 
 def _is_hash(value: object) -> bool:
