@@ -62,7 +62,7 @@ def with_object(
 class FakeRuntime:
     """Answers nothing to the run at the opening, afterwards the heads; remembers what it was fed."""
 
-    description, lanes = "fake", 1
+    description, lanes, device = "fake", 1, torch.device("cpu")
 
     def __init__(self, heads: Heads, *, batch: int | None = 1, opening: Heads | None = None) -> None:
         classes, box = heads.get("hm", heads.get("peaks")).shape[1], heads["wh"].shape[1]

@@ -35,7 +35,7 @@ Shape = tuple[int | None, ...]
 class FakeRuntime:
     """Answers `rows` (n, A, 5 + C), the first as many as there are images; remembers what it was fed."""
 
-    description, lanes = "fake", 1
+    description, lanes, device = "fake", 1, torch.device("cpu")
 
     def __init__(self, rows: torch.Tensor, *, batch: int | None = 1, shape: Shape = (3, 64, 64)) -> None:
         self.inputs: Mapping[str, Shape] = {"images": (batch, *shape)}

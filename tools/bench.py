@@ -4,6 +4,7 @@
 bench.py association
 bench.py association --official-fairmot ../FairMOT --official-bytetrack ../ByteTrack --json association.json
 bench.py pipeline video.mp4 --engine yolox_nano.onnx
+bench.py engine fairmot_fp32.engine fairmot_fp16.engine --batch 1,4,8 --json engine.json
 
 Association runs on one thread. The official trackers run from your own clones of ifzhang/FairMOT and
 ifzhang/ByteTrack (they need cython-bbox); they must answer what ours answers with --compat, else the exit
@@ -17,13 +18,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-if sys.argv[1:2] != ["pipeline"]:  # a pipeline runs as users run it
+if sys.argv[1:2] == ["association"]:  # the others run as users run them
     # Before anything loads NumPy: the libraries beneath it ask once.
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 
-from tracker import benchmark, contenders, overhead
+from tracker import benchmark, contenders, engine_times, overhead
 from tracker.errors import SinkError, TrackerError
 from tracker.session import options_from
 
@@ -81,7 +83,27 @@ def parser() -> argparse.ArgumentParser:
     pipeline.add_argument("--classes", type=lambda text: text.split(","), default=[], metavar="LIST")
     pipeline.add_argument("--save", type=lambda text: text.split(","), default=["mot"], metavar="LIST")
     pipeline.add_argument("--repeat", type=positive, default=3, metavar="K", help="(default: %(default)s)")
+    engine = subjects.add_parser("engine", help="latency and throughput by batch size", allow_abbrev=False)
+    engine.add_argument("engines", nargs="+", type=Path, metavar="ENGINE", help="with manifests beside them")
+    engine.add_argument(
+        "--batch", type=counts, default="1,4,8", metavar="N,N,…", help="(default: %(default)s)"
+    )
+    engine.add_argument("--device", default="auto", help="(default: %(default)s)")
+    engine.add_argument("--source-size", type=size, default="1920x1080", metavar="WxH", help="of the frames")
+    engine.add_argument(
+        "--repeat",
+        type=positive,
+        default=100,
+        metavar="K",
+        help="runs in each of five rounds, of which the median counts (default: %(default)s)",
+    )
+    engine.add_argument("--json", type=Path, metavar="OUT", help="write all figures there as well")
     return parser
+
+
+def size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    return positive(width), positive(height)
 
 
 def positive(text: str) -> int:
@@ -152,8 +174,41 @@ def pipeline(options: argparse.Namespace) -> int:
     chosen = {name: getattr(options, name) for name in ("engine", "device", "classes", "save")}
     laps = overhead.measure(options_from({"sources": [options.source], **chosen}), repeats=options.repeat)
     print(overhead.table(laps))
-    print(f"{benchmark.environment()['cpu']}, {os.cpu_count()} cores")
+    print(where())
     return 0
+
+
+def engine(options: argparse.Namespace) -> int:
+    """Engines one after another."""
+    rows = [
+        row
+        for path in options.engines
+        for row in engine_times.measure(
+            path,
+            batches=options.batch,
+            device=options.device,
+            source_size=options.source_size,
+            repeats=options.repeat,
+        )
+    ]
+    print(engine_times.table(rows))
+    width, height = options.source_size
+    print(
+        f"{width}×{height} frames; ms per batch, the median of {engine_times.ROUNDS} × {options.repeat} runs"
+    )
+    print(where())
+    if options.json:
+        write_json(
+            options.json, {"environment": benchmark.environment(), "rows": [asdict(row) for row in rows]}
+        )
+    return 0
+
+
+def where() -> str:
+    import torch
+
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{gpu}{benchmark.environment()['cpu']}, {os.cpu_count()} cores"
 
 
 def write_json(path: Path, content: object) -> None:
@@ -166,7 +221,7 @@ def write_json(path: Path, content: object) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
-        return association(options) if options.subject == "association" else pipeline(options)
+        return {"association": association, "pipeline": pipeline, "engine": engine}[options.subject](options)
     except TrackerError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1

@@ -62,6 +62,17 @@ def _parser() -> argparse.ArgumentParser:
     option("--conf", type=float, metavar="F", help="detections above it are confident")
     option("--frontend", metavar="NAME", help="what the engine is, where it has no manifest")
     option("--max-frames", type=int, metavar="N", help="of each source")
+    option(
+        "--decode",
+        choices=("auto", "cpu", "gpu"),
+        help="where videos are decoded (default: auto, by NVDEC if frames are wanted on a GPU)",
+    )
+    option(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that associate, 0 for none (default: as cores allow, if several sources share a GPU)",
+    )
     option("--config", metavar="FILE", type=Path, default=None, help="TOML file with any of these options")
     option("--quiet", action="store_true", default=False, help="print nothing but warnings and errors")
     option("--debug", action="store_true", default=False, help="show the traceback of an error")
@@ -146,12 +157,23 @@ def _close(session: Session) -> None:
     console = Console(stderr=True)
     rows = [(stage.name, stage.seconds, stage.frames) for stage in session.stages()]
     console.print(stage_table(rows, session.wall_seconds))
-    tracks = sum(stream.association.confirmed for stream in session.streams)
+    tracks = sum(stream.tracks for stream in session.streams)
     frames, seconds = session.tracked_frames, session.wall_seconds
     rate = frames / seconds if seconds > 0 else 0.0
     where = "" if session.directory is None else f"; results in {session.directory}"
     console.print(
-        f"{frames} frames, {tracks} tracks, {seconds:.1f} s, {rate:.1f} fps{where}",
+        f"{frames} frames, {tracks} tracks, {seconds:.1f} s, {rate:.1f} fps{_transfers(session)}{where}",
         highlight=False,
         soft_wrap=True,
+    )
+
+
+def _transfers(session: Session) -> str:
+    """How often the GPU was waited for, and what came from it; nothing to tell on a CPU."""
+    if session.frontend.device.type == "cpu":
+        return ""
+    moved, frames = session.transfers, max(1, session.tracked_frames)
+    return (
+        f"; per frame {moved.waits / frames:.3g} waits, {moved.copies / frames:.3g} copies and "
+        f"{moved.bytes / frames / 1000:.1f} kB from {session.frontend.device}"
     )

@@ -7,6 +7,7 @@ its own threads; nothing here tells it how many.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 
 import cv2
@@ -71,6 +72,16 @@ def _repeat(chroma: Pixels, width: int, height: int, work: Workspace, name: str)
     return full.reshape(rows * down, -1)[:height, :width]
 
 
+def to_host(image: Image) -> Image:
+    """The image with its planes in host memory: itself, or a copy of one on a device, which is waited for."""
+    if isinstance(image.planes[0], np.ndarray):
+        return image
+    if image.ready is not None:
+        image.ready.synchronize()
+    planes = tuple(np.ascontiguousarray(plane.cpu().numpy()) for plane in image.planes)
+    return replace(image, planes=planes, ready=None)
+
+
 def to_bgr(image: Image, *, out: Pixels | None = None, work: Workspace | None = None) -> Pixels:
     """The image as a contiguous, writable (H, W, 3) BGR copy; in `out` where given.
 
@@ -78,6 +89,7 @@ def to_bgr(image: Image, *, out: Pixels | None = None, work: Workspace | None = 
     """
     height, width = image.planes[0].shape[:2]
     out = np.empty((height, width, 3), np.uint8) if out is None else out
+    image = to_host(image)
     if image.format == "bgr":
         np.copyto(out, image.planes[0])
         return out

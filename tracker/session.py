@@ -6,21 +6,26 @@ for itself.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from tracker.association import make_association
+from tracker.crew import CORES_PER_WORKER, LocalCrew, ProcessCrew
+from tracker.crew_worker import Duty
 from tracker.engine import open_engine
 from tracker.errors import ConfigError, SinkError
 from tracker.pipeline import Feed, Pipeline
 from tracker.sinks import open_sinks
-from tracker.sources import open_source
+from tracker.sinks.output import LineSink
+from tracker.sources import Decode, open_source
 from tracker.summary import Stage, write_summary
-from tracker.types import Association, Frame, Frontend, Sink, Tracks
+from tracker.types import Crew, Frame, Frontend, Sink, Tracks, Transfers
 
 # Detections below every tracker's own `low` are of no use to it.
 DEFAULT_LOW = 0.1
@@ -41,6 +46,9 @@ class Options:
     device: "auto", "cpu" or "cuda:N". classes: names to track, empty for all.
     conf: score above which a detection is confident; weaker ones only keep tracks alive.
     frontend: needed only for an engine without manifest. max_frames: of each source.
+    workers: processes that associate, beside this one: at most one per source, 0 for none. None is a quarter
+    of the cores where several sources share a GPU, and 0 on a CPU, whose cores the engine needs.
+    decode: where videos are decoded, "auto", "cpu" or "gpu": see `open_source`.
     settings: fields of the tracker's config (`JdeConfig`, `ByteConfig`) to change.
 
     Raises ConfigError for values out of range.
@@ -57,6 +65,8 @@ class Options:
     conf: float | None = None
     frontend: str | None = None
     max_frames: int | None = None
+    workers: int | None = None
+    decode: Decode = "auto"
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -66,6 +76,10 @@ class Options:
             raise ConfigError(f"conf must lie between 0 and 1, got {self.conf}")
         if self.max_frames is not None and self.max_frames < 1:
             raise ConfigError(f"max_frames must be at least 1, got {self.max_frames}")
+        if self.decode not in get_args(Decode):
+            raise ConfigError(f"decode is {self.decode!r}; it must be {', '.join(get_args(Decode))}")
+        if self.workers is not None and self.workers < 0:
+            raise ConfigError(f"workers must be 0 or more, got {self.workers}")
 
     def tracker_settings(self, tracker: str) -> dict[str, Any]:
         """`settings` with conf spelled out for that tracker; what was set by name wins."""
@@ -84,6 +98,7 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "classes": ((list, tuple), "a list such as person,car"),
     "conf": ((float, int), "a number"),
     "max_frames": (int, "a whole number"),
+    "workers": (int, "a whole number"),
     "settings": (Mapping, "a table"),
 }
 
@@ -107,14 +122,18 @@ def options_from(values: Mapping[str, Any]) -> Options:
 
 @dataclass(slots=True, kw_only=True)
 class Stream:
-    """One source on its way through: what reads it, follows it and writes it."""
+    """One source on its way through: what reads it and writes it, and how far it is.
+
+    config: settings of its association. tracks: ever reported.
+    """
 
     spec: str
-    feed: Feed
-    association: Association
-    sinks: list[Sink]
     stem: str
+    feed: Feed
+    config: Any
+    sinks: list[Sink]
     tracked_frames: int = 0
+    tracks: int = 0
 
 
 class Session:
@@ -148,16 +167,20 @@ class Session:
             )
             stack.callback(self.frontend.close)
             self.tracker = options.tracker or ("jde" if self.frontend.embeds else "byte")
+            wanted = self.frontend.frames_on
+            gpu = wanted if wanted.type == "cuda" else None
             sources = [
-                stack.enter_context(open_source(spec, source=index))
+                stack.enter_context(open_source(spec, source=index, gpu=gpu, decode=options.decode))
                 for index, spec in enumerate(options.sources)
             ]
             stems = _distinct([source.name for source in sources])
             self.directory = self._output_directory(stems[0]) if options.save else None
             self.streams = []
             stack.push(self._close_results)
+            duties = []
             for spec, source, stem in zip(options.sources, sources, stems, strict=True):
-                association = make_association(
+                associate = partial(
+                    make_association,
                     self.tracker,
                     compat=options.compat,
                     frame_rate=source.frame_rate,
@@ -165,12 +188,20 @@ class Session:
                     settings=options.tracker_settings(self.tracker),
                 )
                 feed = Feed(source, max_frames=options.max_frames)
-                stream = Stream(spec=spec, feed=feed, association=association, sinks=[], stem=stem)
+                stream = Stream(spec=spec, stem=stem, feed=feed, config=associate().config, sinks=[])
                 self.streams.append(stream)
                 if self.directory is not None:
                     stream.sinks = open_sinks(
                         options.save, self.directory, stem, frame_rate=source.frame_rate
                     )
+                lines_of = tuple(sink.lines_of for sink in stream.sinks if isinstance(sink, LineSink))
+                duties.append(Duty(name=stem, associate=associate, lines_of=lines_of))
+            self.workers = self._worker_count()
+            self._crew: Crew
+            if self.workers:
+                self._crew = stack.enter_context(ProcessCrew(duties, self.workers))
+            else:
+                self._crew = LocalCrew(duties)
             for stream in self.streams:
                 stack.enter_context(stream.feed)
             self._stack = stack.pop_all()
@@ -181,20 +212,22 @@ class Session:
 
     def __iter__(self) -> Iterator[tuple[Frame, Tracks]]:
         begun = perf_counter()
-        self.pipeline = Pipeline(
-            [stream.feed for stream in self.streams],
-            self.frontend,
-            [stream.association for stream in self.streams],
-        )
-        for frame, tracks in self.pipeline:
+        self._transfers_before = replace(self.frontend.transfers)
+        self.pipeline = Pipeline([stream.feed for stream in self.streams], self.frontend, self._crew)
+        for frame, tracks, texts, confirmed in self.pipeline:
             stream = self.streams[frame.source]
             writing = perf_counter()
+            worded = iter(texts)
             for sink in stream.sinks:
-                sink.write(frame, tracks)
+                if isinstance(sink, LineSink):
+                    sink.append(next(worded))
+                else:
+                    sink.write(frame, tracks)
             now = perf_counter()
             self._write_seconds += now - writing
             self.wall_seconds = now - begun
             stream.tracked_frames += 1
+            stream.tracks = confirmed
             yield frame, tracks
         self.wall_seconds = perf_counter() - begun
         self._finished = True
@@ -215,15 +248,31 @@ class Session:
     def tracked_frames(self) -> int:
         return sum(stream.tracked_frames for stream in self.streams)
 
+    @property
+    def transfers(self) -> Transfers:
+        """Between device and host since the first frame; what opening the engine took does not count."""
+        now, before = self.frontend.transfers, self._transfers_before
+        return Transfers(
+            waits=now.waits - before.waits, copies=now.copies - before.copies, bytes=now.bytes - before.bytes
+        )
+
     def stages(self) -> list[Stage]:
         """Busy time of every stage so far, over all sources."""
         frames = self.tracked_frames
         stages = [Stage("decode", sum(stream.feed.seconds for stream in self.streams), frames)]
         stages += [Stage(name, seconds, frames) for name, seconds in self.frontend.seconds.items()]
-        stages.append(Stage("associate", self.pipeline.associate_seconds, frames))
+        stages.append(Stage("associate", self._crew.associate_seconds, frames))
         if self.directory is not None:
-            stages.append(Stage("write", self._write_seconds, frames))
+            stages.append(Stage("write", self._crew.format_seconds + self._write_seconds, frames))
         return stages
+
+    def _worker_count(self) -> int:
+        if self.options.workers is not None:
+            return min(self.options.workers, len(self.streams))
+        if self.frontend.device.type == "cpu" or len(self.streams) == 1:
+            return 0
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(max(1, cores // CORES_PER_WORKER), len(self.streams))
 
     def _output_directory(self, name: str) -> Path:
         if self.options.out is not None:
@@ -262,11 +311,17 @@ class Session:
             source=stream.spec,
             complete=complete,
             error=None if error is None else str(error),
+            decoder=stream.feed.source.decoder,
             counts=stream.feed.source.counts,
             tracked_frames=stream.tracked_frames,
-            tracks=stream.association.confirmed,
+            tracks=stream.tracks,
             wall_seconds=self.wall_seconds,
             stages=self.stages(),
+            workers=self.workers,
+            device=str(self.frontend.device),
+            batches=self.pipeline.batches,
+            transfers=self.transfers,
+            all_frames=self.tracked_frames,
             engine={
                 "path": self.options.engine,
                 "sha256": manifest.engine_sha256,
@@ -276,7 +331,7 @@ class Session:
             tracker={
                 "name": self.tracker,
                 "compat": self.options.compat,
-                **asdict(stream.association.config),
+                **asdict(stream.config),
             },
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tracker.sinks.output import PartialFile
-from tracker.types import FrameCounts
+from tracker.types import FrameCounts, Transfers
 
 _PACKAGES = ("tracker", "numpy", "scipy", "lap", "torch", "onnxruntime", "av", "opencv-python")
 
@@ -48,24 +48,43 @@ def write_summary(
     source: str,
     complete: bool,
     error: str | None,
+    decoder: str,
     counts: FrameCounts,
     tracked_frames: int,
     tracks: int,
     wall_seconds: float,
     stages: list[Stage],
+    workers: int,
+    device: str,
+    batches: int,
+    transfers: Transfers,
+    all_frames: int,
     engine: Mapping[str, Any],
     tracker: Mapping[str, Any],
 ) -> Path:
-    """Write `<stem>.summary.json`, under its partial name unless complete. Raises SinkError."""
+    """Write `<stem>.summary.json`, under its partial name unless complete. Raises SinkError.
+
+    wall_seconds, stages, workers, batches, transfers, all_frames: of the whole run, over all its sources.
+    """
     summary = {
         "source": source,
         "complete": complete,
         "error": error,
+        "decoder": decoder,
         "frames": {**asdict(counts), "tracked": tracked_frames},
         "tracks": tracks,
         "wall_seconds": round(wall_seconds, 3),
         "fps": round(tracked_frames / wall_seconds, 2) if wall_seconds > 0 else 0.0,
         "stages": {stage.name: stage.to_json() for stage in stages},
+        "workers": workers,
+        "transfers": {
+            "device": device,
+            "batches": batches,
+            **asdict(transfers),
+            "per_frame": {
+                name: round(count / max(1, all_frames), 4) for name, count in asdict(transfers).items()
+            },
+        },
         "engine": dict(engine),
         "tracker": dict(tracker),
         "versions": versions(),

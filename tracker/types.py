@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, overload, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,12 +33,15 @@ class Image:
         row's pixels are contiguous, rows need not be.
     matrix, full_range: how Y, U, V become R, G, B (ITU-R BT.601/709/2020; full range is 0–255, else
         16–235/240). Meaningless for "bgr".
+    ready: passes on the device once its planes hold the picture; None for planes on the host. Planes there
+        may have any strides.
     """
 
     format: Literal["yuv", "bgr"]
     planes: tuple[Any, ...]
     matrix: YuvMatrix = "bt601"
     full_range: bool = False
+    ready: torch.cuda.Event | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,10 +177,42 @@ class FrameCounts:
         return self.corrupt + self.missing
 
 
+@dataclass(slots=True)
+class Transfers:
+    """How often the host waited for the device that detects, and what was copied from there, so far.
+
+    waits: host synchronisations. copies: device to host. bytes: in all copies. A front end on the CPU counts
+    the same events: a batch's worker is waited for, and hands its detections over.
+    """
+
+    waits: int = 0
+    copies: int = 0
+    bytes: int = 0
+
+    def add(self, *, waits: int, copies: int, bytes: int) -> None:
+        self.waits += waits
+        self.copies += copies
+        self.bytes += bytes
+
+
+class Outcome(NamedTuple):
+    """What became of one frame.
+
+    texts: the frame as each text result of its source words it, in their order. confirmed: tracks of its
+    source that were ever reported, up to this frame.
+    """
+
+    frame: Frame
+    tracks: Tracks
+    texts: tuple[bytes, ...]
+    confirmed: int
+
+
 class Source(Protocol):
     """Frames in order. Iterate once; enter before, exit after. `counts` is true at any moment."""
 
     name: str
+    decoder: str  # for people
     counts: FrameCounts
     size: tuple[int, int]  # (width, height) of the first frame, upright
     frame_rate: float  # nominal frames per second, > 0
@@ -190,15 +225,38 @@ class Source(Protocol):
 class Runtime(Protocol):
     """An engine with named tensors. Shapes use None for a dimension left open.
 
-    lanes: runs at once, each in a thread of its caller's, that use the machine best.
+    device: where its tensors live. lanes: runs at once, each in a thread of its caller's, that use the
+    machine best.
     """
 
     inputs: Mapping[str, tuple[int | None, ...]]
     outputs: Mapping[str, tuple[int | None, ...]]
-    description: str  # for people: provider, version
+    device: torch.device
     lanes: int
 
+    @property
+    def description(self) -> str: ...  # for people: provider, version, what is not as it should be
     def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
+
+
+class EngineLane(Protocol):
+    """A place on a device to run batches of one engine one after another, on torch's current stream.
+
+    inputs: by name, shaped for the greatest batch; write rows [:B] into them.
+    """
+
+    inputs: Mapping[str, torch.Tensor]
+
+    def enqueue(self, batch: int) -> dict[str, torch.Tensor]:
+        """All outputs by name, [:batch] of each, valid until the next enqueue. Never waits."""
+        ...
+
+
+@runtime_checkable
+class LaneRuntime(Runtime, Protocol):
+    """A runtime that gives its lanes away, so that others can enqueue their work around the engine's."""
+
+    def lane(self) -> EngineLane: ...
 
 
 class Pending(Protocol):
@@ -210,8 +268,9 @@ class Pending(Protocol):
 class Frontend(Protocol):
     """A detector: frames in, detections in source pixels out, one list entry per frame.
 
-    embeds: whether detections carry embeddings. lanes: batches it works on at once. seconds: spent so far,
-    by stage, in order.
+    embeds: whether detections carry embeddings. lanes: batches it works on at once. device: where it
+    computes. frames_on: where frames had best lie. transfers: between its device and the host so far.
+    seconds: spent so far, by stage, in order.
     """
 
     names: tuple[str, ...]
@@ -219,6 +278,12 @@ class Frontend(Protocol):
     embeds: bool
     lanes: int
 
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def frames_on(self) -> torch.device: ...
+    @property
+    def transfers(self) -> Transfers: ...
     @property
     def seconds(self) -> Mapping[str, float]: ...
     def submit(self, frames: Sequence[Frame]) -> Pending: ...
@@ -236,6 +301,25 @@ class Association(Protocol):
     @property
     def confirmed(self) -> int: ...
     def update(self, frame_index: int, detections: Detections) -> Tracks: ...
+
+
+class Crew(Protocol):
+    """Follows the objects of every source: each frame goes to the association of its own.
+
+    associate_seconds, format_seconds: spent so far associating, and wording tracks for text results.
+    """
+
+    @property
+    def associate_seconds(self) -> float: ...
+    @property
+    def format_seconds(self) -> float: ...
+    def associate(self, frames: Sequence[Frame], found: Sequence[Detections]) -> Iterator[Outcome]:
+        """Take a batch with its detections; give what is finished, which may be the batch before."""
+        ...
+
+    def finish(self) -> Iterator[Outcome]:
+        """What is still under way."""
+        ...
 
 
 class Sink(Protocol):

@@ -1,4 +1,4 @@
-"""What front ends of detectors have in common: the workers, the engine's runs, the stages' clocks.
+"""What front ends of detectors have in common: workers, lanes for them to work in, and the clocks.
 
 Knows when things happen; what an engine answers and what that means, each detector's own module knows.
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from queue import SimpleQueue
 from threading import Lock
 from time import perf_counter
@@ -22,12 +21,11 @@ from torch import Tensor
 
 from tracker.boxes import Fit
 from tracker.errors import ConfigError, EngineError
-from tracker.frontends.preprocess import Preprocessor, batch_of
+from tracker.frontends.lanes import DeviceLane, HostLane, Lane, Outputs, Packed
+from tracker.frontends.preprocess import batch_of
 from tracker.frontends.worker import start_workers
 from tracker.manifest import Manifest
-from tracker.types import Detections, Frame, Runtime
-
-Outputs = Mapping[str, Tensor]
+from tracker.types import Detections, Frame, LaneRuntime, Runtime, Transfers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +64,9 @@ class Detector(ABC):
     A detector sets itself up, then calls `_start`, which runs the engine once on an empty image, so that an
     engine that does not fit is found before the first frame.
 
-    seconds: spent so far in each stage by all workers: preprocess, inference, postprocess.
+    seconds: spent so far in each stage by all workers: preprocess, inference and postprocess on the host; on
+        a GPU prepare (of what to enqueue), gpu (from there to the packed answer) and unpack.
+    transfers: waits for the device and copies from there so far.
     describe: the manifest of an ONNX file of its family, from its runtime, onnx_sha256, names, size and
         precision by name, and what else the family knows of.
     """
@@ -90,23 +90,60 @@ class Detector(ABC):
                 )
         self.names = manifest.names
         self._wanted = torch.tensor(_wanted(config.classes, self.names))  # (C,) bool
-        batch = batch_of(runtime, manifest.input)
-        self._static = batch is not None
-        self.max_batch = batch or config.max_batch
+        self.max_batch = batch_of(runtime, manifest.input) or config.max_batch
         self.lanes = runtime.lanes
-        self._idle: SimpleQueue[Preprocessor] = SimpleQueue()  # one for each worker
-        for _ in range(self.lanes):
-            self._idle.put(Preprocessor(manifest.input, self.max_batch))
+        self._manifest = manifest
+        self._all: list[Lane] = []
+        self._idle: SimpleQueue[Lane] = SimpleQueue()
+        self._unpack_seconds = 0.0
         self._clock = Lock()
-        self.seconds = {"preprocess": 0.0, "inference": 0.0, "postprocess": 0.0}
 
     @abstractmethod
     def _check(self, outputs: Outputs) -> None:
         """EngineError unless what an empty image gave is what the manifest promises."""
 
     @abstractmethod
-    def _decode(self, outputs: Outputs, fits: Sequence[Fit]) -> list[Detections]:
-        """Objects of each image, from outputs by role."""
+    def _pack(self, outputs: Outputs) -> Tensor:
+        """All that the host needs of a batch in one float32 tensor, from outputs by role.
+
+        On a GPU in shapes that depend on the batch alone, and without waiting: it becomes part of a graph.
+        """
+
+    @abstractmethod
+    def _unpack(self, packed: Packed, fits: Sequence[Fit]) -> list[Detections]:
+        """Objects of each image. Copies what it keeps: `packed` is overwritten by the next batch."""
+
+    @property
+    def device(self) -> torch.device:
+        return self._runtime.device
+
+    @property
+    def frames_on(self) -> torch.device:
+        """Where frames had best lie; they are copied there from anywhere else."""
+        return self.device if self._on_device() else torch.device("cpu")
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        seconds = {stage: sum(lane.seconds[stage] for lane in self._all) for stage in self._all[0].seconds}
+        last = "unpack" if self._on_device() else "postprocess"
+        return seconds | {last: seconds.get(last, 0.0) + self._unpack_seconds}
+
+    @property
+    def transfers(self) -> Transfers:
+        moved = Transfers()
+        for lane in self._all:
+            moved.add(**asdict(lane.transfers))
+        return moved
+
+    @property
+    def problem(self) -> str | None:
+        """What makes it slower than it should be, in words; None where nothing does."""
+        found = [lane.problem for lane in self._all if isinstance(lane, DeviceLane) and lane.problem]
+        return f"without CUDA graphs: {found[0]}" if found else None
+
+    def lane(self) -> Lane:
+        """One of its lanes, for who times what happens there while nothing is submitted."""
+        return self._all[0]
 
     def submit(self, frames: Sequence[Frame]) -> Future[list[Detections]]:
         """Start on 1 to max_batch frames, of any sizes. Errors of the work are raised by its `result`."""
@@ -123,45 +160,45 @@ class Detector(ABC):
     def _start(self) -> None:
         self._workers = start_workers(self.lanes)
         try:
-            self._workers.submit(self._probe).result()
+            self._workers.submit(self._open).result()
         except BaseException:
             self.close()
             raise
 
     @torch.inference_mode()
-    def _probe(self) -> None:
-        with self._preprocessor() as preprocess:
-            tensor, _ = preprocess(())
-            self._check(self._run(tensor, 1))
+    def _open(self) -> None:
+        """Make the lanes; the first finds out whether the engine fits."""
+        for _ in range(self.lanes):
+            lane = self._lane()
+            if not self._all:
+                self._check(lane.empty())
+            if isinstance(lane, DeviceLane):
+                lane.warm_up(self.max_batch)
+            self._all.append(lane)
+            self._idle.put(lane)
+
+    def _lane(self) -> Lane:
+        runtime, manifest = self._runtime, self._manifest
+        if self._on_device():
+            assert isinstance(runtime, LaneRuntime)
+            return DeviceLane(runtime.lane(), self.device, manifest, self.max_batch, self._pack)
+        return HostLane(runtime, manifest, self.max_batch, self._pack)
+
+    def _on_device(self) -> bool:
+        return self.device.type == "cuda" and isinstance(self._runtime, LaneRuntime)
 
     @torch.inference_mode()
     def _detect(self, frames: Sequence[Frame]) -> list[Detections]:
-        with self._preprocessor() as preprocess:
-            begun = perf_counter()
-            tensor, fits = preprocess(frames)
-            prepared = perf_counter()
-            outputs = self._run(tensor, len(frames))
-            ran = perf_counter()
-        detections = self._decode(outputs, fits)
-        with self._clock:
-            self.seconds["preprocess"] += prepared - begun
-            self.seconds["inference"] += ran - prepared
-            self.seconds["postprocess"] += perf_counter() - ran
-        return detections
-
-    @contextmanager
-    def _preprocessor(self) -> Iterator[Preprocessor]:
-        """One that nobody else uses: its tensor is the engine's input until the run is over."""
-        mine = self._idle.get()
+        lane = self._idle.get()
         try:
-            yield mine
+            packed, fits = lane(frames)
+            begun = perf_counter()
+            detections = self._unpack(packed, fits)
         finally:
-            self._idle.put(mine)
-
-    def _run(self, tensor: Tensor, count: int) -> Outputs:
-        """What the first `count` images give, by role."""
-        outputs = self._runtime.run({self._input: tensor if self._static else tensor[:count]})
-        return {role: outputs[name][:count] for role, name in self._roles.items()}
+            self._idle.put(lane)
+        with self._clock:
+            self._unpack_seconds += perf_counter() - begun
+        return detections
 
 
 def input_of(runtime: Runtime, size: tuple[int, int] | None) -> tuple[str, tuple[int, int]]:
@@ -179,10 +216,14 @@ def check_finite(*tensors: Tensor) -> None:
     # A sum sees every NaN and inf; it can overflow without one, so only then is each value looked at.
     total = sum(float(tensor.sum(dtype=torch.float32)) for tensor in tensors)
     if not math.isfinite(total) and not all(bool(tensor.isfinite().all()) for tensor in tensors):
-        raise EngineError(
-            "the engine answers NaN or inf: it overflows at its precision (try FP32), or its manifest "
-            "describes another input than it was trained on"
-        )
+        raise not_finite()
+
+
+def not_finite() -> EngineError:
+    return EngineError(
+        "the engine answers NaN or inf: it overflows at its precision (try FP32), or its manifest "
+        "describes another input than it was trained on"
+    )
 
 
 def _wanted(classes: Sequence[str], names: Sequence[str]) -> list[bool]:

@@ -26,11 +26,13 @@ from tracker.errors import ConfigError, EngineError
 from tracker.frontends.detector import (
     Detector,
     DetectorConfig,
-    Outputs,
     check_count,
     check_finite,
     input_of,
+    not_finite,
 )
+from tracker.frontends.lanes import Outputs, Packed
+from tracker.kernels.heads import decode_heads
 from tracker.manifest import Input, Manifest, Precision
 from tracker.types import Detections, Runtime
 
@@ -66,7 +68,8 @@ class Fairmot(Detector):
         self._config = config or FairmotConfig()
         self._scores = _score_role(manifest)
         super().__init__(runtime, manifest, self._config)
-        self._labels = self._kept = self._wanted.nonzero().squeeze(1)  # (kept,) of all classes
+        self._kept = self._wanted.nonzero().squeeze(1)  # (kept,) of all classes
+        self._labels = self._kept.numpy()
         self._size = manifest.input.size
         self._start()
 
@@ -111,15 +114,21 @@ class Fairmot(Detector):
             engine_sha256=onnx_sha256,
         )
 
-    def _decode(self, outputs: Outputs, fits: Sequence[Fit]) -> list[Detections]:
-        scores = outputs[self._scores][:, self._kept]
-        if self._scores == "hm":
-            scores = peak_scores(scores)
-        rows = decode(scores, outputs["wh"], outputs["reg"], outputs["id"], limit=self._config.top_k)
-        rows = rows.cpu()  # (B, K, 6 + D): the one copy, and on a GPU the one wait
-        check_finite(rows[..., 4])  # NaN counts as the highest peak
-        rows[..., 5] = self._labels[rows[..., 5].long()].float()
-        return [self._detections(image, fit) for image, fit in zip(rows.numpy(), fits, strict=True)]
+    def _pack(self, outputs: Outputs) -> Tensor:
+        scores, limit = outputs[self._scores], self._config.top_k
+        if len(self._kept) < len(self.names):
+            scores = scores[:, self._kept]
+        wh, reg, embedding = (outputs[role] for role in HEADS)
+        if scores.is_cuda:
+            logits = self._scores == "hm"
+            return decode_heads(scores, wh, reg, embedding, logits=logits, limit=limit)
+        peaks = peak_scores(scores) if self._scores == "hm" else scores
+        return decode(peaks, wh, reg, embedding, limit=limit)
+
+    def _unpack(self, packed: Packed, fits: Sequence[Fit]) -> list[Detections]:
+        if not np.isfinite(packed[..., 4].sum()):  # NaN counts as the highest peak
+            raise not_finite()
+        return [self._detections(image, fit) for image, fit in zip(packed, fits, strict=True)]
 
     def _detections(self, rows: NDArray[np.float32], fit: Fit) -> Detections:
         """Rows (K, 6 + D) of one image, by falling score. Boxes may reach beyond the image, as objects do."""
@@ -132,7 +141,7 @@ class Fairmot(Detector):
         return Detections(
             xyxy=xyxy.astype(np.float32),
             score=found[:, 4].copy(),
-            label=found[:, 5].astype(np.int64),
+            label=self._labels[found[:, 5].astype(np.int64)],
             embedding=found[:, 6:].copy(),
         )
 
@@ -150,7 +159,7 @@ class Fairmot(Detector):
                     f"{cells[0]}, {cells[1]}): correct the size or the names, or name another front end"
                 )
         check_finite(*outputs.values())
-        self._kept = self._labels.to(outputs[self._scores].device)
+        self._kept = self._kept.to(outputs[self._scores].device)
         low, high = float(outputs[self._scores].min()), float(outputs[self._scores].max())
         looks_like = "peaks" if low >= 0 and high <= 1 else "hm"  # logits above 0 mean objects everywhere
         if looks_like != self._scores:

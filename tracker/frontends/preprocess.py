@@ -10,7 +10,7 @@ import torch
 from tracker.boxes import Fit, fit_center, fit_corner, fit_stretch
 from tracker.errors import EngineError
 from tracker.manifest import Input
-from tracker.pixels import Workspace, network_input
+from tracker.pixels import Workspace, network_input, to_host
 from tracker.types import Frame, Runtime
 
 _FITS = {"corner": fit_corner, "center": fit_center, "stretch": fit_stretch}
@@ -29,11 +29,11 @@ class Preprocessor:
 
     def __call__(self, frames: Sequence[Frame]) -> tuple[torch.Tensor, list[Fit]]:
         """The whole tensor, its first rows filled until the next call, and how each frame lies in its row."""
-        spec, fits = self._spec, [_FITS[self._spec.resize](frame.size, self._spec.size) for frame in frames]
+        spec, fits = self._spec, [fit_of(self._spec, frame) for frame in frames]
         for frame, fit, row in zip(frames, fits, self._rows, strict=False):  # a batch may be part full
             assert frame.image is not None, "a front end needs frames with images"
             network_input(
-                frame.image,
+                to_host(frame.image),
                 fit,
                 out=row,
                 work=self._work,
@@ -44,6 +44,11 @@ class Preprocessor:
                 interpolation=_INTERPOLATIONS[spec.interpolation],
             )
         return self._tensor, fits
+
+
+def fit_of(spec: Input, frame: Frame) -> Fit:
+    """How the input wants the frame placed."""
+    return _FITS[spec.resize](frame.size, spec.size)
 
 
 def batch_of(runtime: Runtime, spec: Input) -> int | None:

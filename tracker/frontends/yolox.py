@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -26,18 +27,21 @@ from tracker.frontends.coco import COCO_NAMES
 from tracker.frontends.detector import (
     Detector,
     DetectorConfig,
-    Outputs,
     check_count,
     check_finite,
     check_share,
     input_of,
+    not_finite,
 )
+from tracker.frontends.lanes import Outputs, Packed
 from tracker.frontends.nms import nms, strongest
+from tracker.kernels.nms import decode_yolox
 from tracker.manifest import Input, Manifest, Precision
 from tracker.types import Detections, Runtime
 
 STRIDES = (8, 16, 32)
-LAYOUTS = ("undecoded", "decoded")
+Layout = Literal["undecoded", "decoded"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +69,7 @@ class Yolox(Detector):
 
     def __init__(self, runtime: Runtime, manifest: Manifest, config: YoloxConfig | None = None) -> None:
         self._config = config or YoloxConfig()
-        self._role = _layout(manifest)
+        self._role: Layout = _layout(manifest)
         self._size = manifest.input.size
         self._cells = _cells(self._size)  # (A, 3)
         super().__init__(runtime, manifest, self._config)
@@ -113,8 +117,21 @@ class Yolox(Detector):
             engine_sha256=onnx_sha256,
         )
 
-    def _decode(self, outputs: Outputs, fits: Sequence[Fit]) -> list[Detections]:
-        """Objects of each image from rows (B, A, 5 + C), on their device up to the one copy to the host.
+    def _pack(self, outputs: Outputs) -> Tensor:
+        if outputs[self._role].is_cuda:
+            return decode_yolox(
+                outputs[self._role],
+                self._cells,
+                self._wanted,
+                layout=self._role,
+                conf=self._config.conf,
+                iou_threshold=self._config.nms_iou,
+                limit=self._config.max_candidates,
+            )
+        return self._decode(outputs)
+
+    def _decode(self, outputs: Outputs) -> Tensor:
+        """(N, 7): corners in input pixels, score, label and image, from rows (B, A, 5 + C).
 
         Few, small operations: each costs more for being called than for what it does.
         """
@@ -135,8 +152,14 @@ class Yolox(Detector):
         score, label, image = about.unbind(dim=1)
         xyxy = self._boxes(box, place)
         keep = nms(xyxy, score, image * len(self.names) + label, iou_threshold=self._config.nms_iou)
-        packed = torch.cat((xyxy, about), dim=1)[keep].cpu().numpy()  # (N, 4 + 3)
-        return [_detections(packed[packed[:, 6] == index], fit) for index, fit in enumerate(fits)]
+        return torch.cat((xyxy, about), dim=1)[keep]
+
+    def _unpack(self, packed: Packed, fits: Sequence[Fit]) -> list[Detections]:
+        if packed.ndim == 2:  # rows of all images, as many as there are
+            return [_detections(packed[packed[:, 6] == index], fit) for index, fit in enumerate(fits)]
+        if not np.isfinite(packed[..., 4].sum()):
+            raise not_finite()
+        return [_detections(rows[rows[:, 4] > 0], fit) for rows, fit in zip(packed, fits, strict=True)]
 
     def _boxes(self, box: Tensor, cell: Tensor) -> Tensor:
         """(K, 4) corners in input pixels from rows' boxes (K, 4) and cells' column, row, stride (K, 3)."""
@@ -180,14 +203,15 @@ class Yolox(Detector):
             )
 
 
-def _layout(manifest: Manifest) -> str:
+def _layout(manifest: Manifest) -> Layout:
     """The role of the one output."""
     roles = tuple(manifest.outputs)
-    if len(roles) != 1 or roles[0] not in LAYOUTS:
+    layouts = [layout for layout in LAYOUTS if layout in roles]
+    if len(roles) != 1 or not layouts:
         raise ConfigError(
             f"YOLOX outputs are {' or '.join(LAYOUTS)}, exactly one; the manifest has {', '.join(roles)}"
         )
-    return roles[0]
+    return layouts[0]
 
 
 def _cells(size: tuple[int, int]) -> Tensor:

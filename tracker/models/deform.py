@@ -1,7 +1,8 @@
-"""Deformable convolution v2 in pure torch: 3×3, stride 1, one offset group; any device, differentiable.
+"""Deformable convolution v2 in torch: 3×3, stride 1, one offset group; any device, differentiable.
 
 Zhu et al., "Deformable ConvNets v2" (CVPR 2019). The same arithmetic as ONNX `DeformConv` (opset 19) and
-torchvision's `deform_conv2d`, whose layout of the offsets is used.
+torchvision's `deform_conv2d`, whose layout of the offsets is used. On CUDA, where nothing is learnt, the
+layer is one fused kernel (`kernels.deform`), which this is the reference of.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ import torch.nn.functional as F  # noqa: N812 (everybody's name for it)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tracker.kernels.deform import pack_weight
+
 TAPS = 9  # of a 3×3 kernel, row by row
+_FUSED_CHANNELS = 16  # the fused kernel takes multiples of it
+_FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def sampling_grid(offset: Tensor) -> Tensor:
@@ -68,9 +73,16 @@ class DeformConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) → (B, outputs, H, W)."""
         shifts = self.conv_offset_mask(x)
+        learning = torch.is_grad_enabled() and shifts.requires_grad
+        fusible = x.shape[1] % _FUSED_CHANNELS == 0 and x.dtype in _FUSED_DTYPES
+        if x.is_cuda and fusible and not learning:
+            offset, logits = shifts[:, : 2 * TAPS], shifts[:, 2 * TAPS :]
+            weight = pack_weight(self.weight)
+            fused: Tensor = torch.ops.tracker.deform_conv2d(x, offset, logits, weight, self.bias, True)
+            return fused
         offset, mask = shifts[:, : 2 * TAPS], shifts[:, 2 * TAPS :].sigmoid()
         arguments = (x, offset, mask, self.weight, self.bias)
-        if not (torch.is_grad_enabled() and shifts.requires_grad):
+        if not learning:
             return deform_conv2d(*arguments)
         # Sampling again costs less than keeping 18·C·H·W samples of every layer for the backward pass.
         answer: Tensor = checkpoint(deform_conv2d, *arguments, use_reentrant=False)

@@ -6,6 +6,7 @@ Knows FFmpeg's pixel formats and display matrices; does not know where pictures 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import av
@@ -34,6 +35,23 @@ _FULL_RANGE = 2
 _UPRIGHT = (1.0, 0.0, 0.0, 1.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One of the eight turns and mirrorings: first rows become columns, then both are turned about."""
+
+    turned: bool = False
+    mirrored: bool = False
+    flipped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Colours:
+    """How Y, U, V become R, G, B: see `types.Image`."""
+
+    matrix: YuvMatrix
+    full_range: bool
+
+
 def image_of(picture: av.VideoFrame) -> Image:
     """The picture upright. Its planes are views of the decoder's memory where the format allows.
 
@@ -43,19 +61,33 @@ def image_of(picture: av.VideoFrame) -> Image:
     # Conversions run in one thread: swscale's others write past the last row of their slice, into the
     # first pixels of the next (rgb24 to yuv444p16le at 97×63: 8 wrong pixels in one run of a hundred).
     layout = _planar_layout(picture.format.name)
+    turn = turn_of(picture)
     if layout is None:
         bgr = np.asarray(picture.to_ndarray(format="bgr24", threads=1), np.uint8)
-        return Image(format="bgr", planes=_upright((bgr,), picture))
-    full_range = picture.color_range == _FULL_RANGE or picture.format.name.startswith("yuvj")
+        return Image(format="bgr", planes=_upright((bgr,), turn))
+    colours = colours_of(picture)
     planar = (
         picture if _is_layout(picture.format.name, layout) else picture.reformat(format=layout, threads=1)
     )
     return Image(
         format="yuv",
-        planes=_upright(tuple(_view(plane) for plane in planar.planes[:3]), picture),
-        matrix=_MATRICES.get(picture.colorspace, "bt601"),
-        full_range=full_range,
+        planes=_upright(tuple(_view(plane) for plane in planar.planes[:3]), turn),
+        matrix=colours.matrix,
+        full_range=colours.full_range,
     )
+
+
+def colours_of(picture: av.VideoFrame) -> Colours:
+    full_range = picture.color_range == _FULL_RANGE or picture.format.name.startswith("yuvj")
+    return Colours(_MATRICES.get(picture.colorspace, "bt601"), full_range)
+
+
+def turn_of(picture: av.VideoFrame) -> Turn:
+    """As the display matrix wants the picture shown."""
+    a, b, c, d = _display_matrix(picture)
+    turned = abs(b) > abs(a)  # rows become columns
+    mirrored, flipped = (c < 0, b < 0) if turned else (a < 0, d < 0)
+    return Turn(turned, mirrored, flipped)
 
 
 @lru_cache
@@ -78,15 +110,13 @@ def _view(plane: av.video.plane.VideoPlane) -> Pixels:
     return rows if plane.line_size > 0 else rows[::-1]  # a negative line size: stored from the bottom up
 
 
-def _upright(planes: tuple[Pixels, ...], picture: av.VideoFrame) -> tuple[Pixels, ...]:
-    """Planes as the display matrix wants them shown: any of the eight turns and mirrorings."""
-    a, b, c, d = _display_matrix(picture)
-    turned = abs(b) > abs(a)  # rows become columns
-    mirrored, flipped = (c < 0, b < 0) if turned else (a < 0, d < 0)
-    if not (turned or mirrored or flipped):
+def _upright(planes: tuple[Pixels, ...], turn: Turn) -> tuple[Pixels, ...]:
+    if turn == Turn():
         return planes
-    steps = slice(None, None, -1 if flipped else 1), slice(None, None, -1 if mirrored else 1)
-    return tuple(np.ascontiguousarray((plane.swapaxes(0, 1) if turned else plane)[steps]) for plane in planes)
+    steps = slice(None, None, -1 if turn.flipped else 1), slice(None, None, -1 if turn.mirrored else 1)
+    return tuple(
+        np.ascontiguousarray((plane.swapaxes(0, 1) if turn.turned else plane)[steps]) for plane in planes
+    )
 
 
 def _display_matrix(picture: av.VideoFrame) -> tuple[float, ...]:

@@ -18,6 +18,8 @@ from tracker.types import Frame, FrameCounts
 class Reader(ABC):
     """A `Source` around one generator of frames.
 
+    decoder: for people, what decodes and why it is that.
+
     Reading happens in the thread that iterates, which need not be the one that entered. Neither FFmpeg's
     containers nor generators bear two threads at once, so each step and the exit hold the same lock:
     leaving while another thread reads waits for its current frame, after which that iteration ends.
@@ -27,8 +29,8 @@ class Reader(ABC):
     size: tuple[int, int]  # (0, 0) until entered
     frame_rate: float
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, decoder: str = "CPU") -> None:
+        self.name, self.decoder = name, decoder
         self.counts = FrameCounts()
         self.size = (0, 0)
         self._frames: Generator[Frame] | None = None
