@@ -16,17 +16,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 
 if sys.argv[1:2] == ["association"]:  # the others run as users run them
     # Before anything loads NumPy: the libraries beneath it ask once.
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 
 from tracker import benchmark, contenders, engine_times, overhead
-from tracker.errors import SinkError, TrackerError
+from tracker.errors import ConfigError, SinkError, TrackerError
 from tracker.session import options_from
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,12 +79,21 @@ def parser() -> argparse.ArgumentParser:
     pipeline = subjects.add_parser(
         "pipeline", help="what a run costs beyond its detector", allow_abbrev=False
     )
-    pipeline.add_argument("source", metavar="VIDEO")
+    pipeline.add_argument("sources", nargs="+", metavar="VIDEO")
     pipeline.add_argument("--engine", required=True, help="with its manifest beside it")
     pipeline.add_argument("--device", default="auto", help="(default: %(default)s)")
     pipeline.add_argument("--classes", type=lambda text: text.split(","), default=[], metavar="LIST")
     pipeline.add_argument("--save", type=lambda text: text.split(","), default=["mot"], metavar="LIST")
     pipeline.add_argument("--repeat", type=positive, default=3, metavar="K", help="(default: %(default)s)")
+    pipeline.add_argument(
+        "--official-fairmot",
+        type=Path,
+        metavar="DIR",
+        help="a clone of FairMOT: its loop over the first video",
+    )
+    pipeline.add_argument(
+        "--official-weights", default="", metavar="PTH", help="for it (default: random ones)"
+    )
     engine = subjects.add_parser("engine", help="latency and throughput by batch size", allow_abbrev=False)
     engine.add_argument("engines", nargs="+", type=Path, metavar="ENGINE", help="with manifests beside them")
     engine.add_argument(
@@ -172,10 +183,31 @@ def association(options: argparse.Namespace) -> int:
 def pipeline(options: argparse.Namespace) -> int:
     """`track` and its engine alone, in turns."""
     chosen = {name: getattr(options, name) for name in ("engine", "device", "classes", "save")}
-    laps = overhead.measure(options_from({"sources": [options.source], **chosen}), repeats=options.repeat)
+    laps = overhead.measure(options_from({"sources": options.sources, **chosen}), repeats=options.repeat)
     print(overhead.table(laps))
+    if options.official_fairmot:
+        official(options, median(lap.frames / lap.run_seconds for lap in laps))
     print(where())
     return 0
+
+
+def official(options: argparse.Namespace, ours: float) -> None:
+    """The official FairMOT over the first video, in a process of its own."""
+    script = Path(__file__).with_name("official_fairmot.py")
+    command = [sys.executable, "-P", str(script), str(options.official_fairmot), options.sources[0]]
+    if options.official_weights:
+        command += ["--weights", options.official_weights]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ConfigError(
+            f"the official FairMOT failed: {(done.stderr.strip().splitlines() or ['no word'])[-1]}"
+        )
+    found = json.loads(done.stdout.splitlines()[-1])
+    theirs = found["frames"] / found["seconds"]
+    print(
+        f"official FairMOT (DLA-34, 1088×608), its own loop: {found['frames']} frames at {theirs:.1f} fps, "
+        f"{found['objects']:.1f} objects each; ours, with the engine above, {ours / theirs:.1f} times as fast"
+    )
 
 
 def engine(options: argparse.Namespace) -> int:

@@ -66,6 +66,7 @@ def main() -> int:
     if not library.is_dir():
         parser.error(f"there is no {library}: name the top folder of a clone of the official repository")
     sys.path[:0] = [str(library)]
+    stand_in("tracker", __path__=[str(library / "tracker")])  # not this project's
     stand_in("dcn_v2", DCN=DCN)
     for other in ("networks.pose_hrnet", "yolo"):  # they want packages that DLA does not
         stand_in(f"models.{other}", get_pose_net=None)

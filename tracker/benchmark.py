@@ -10,7 +10,6 @@ nothing of how a contender works.
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -30,6 +29,7 @@ import numpy as np
 from tracker.boxes import xyxy_to_xywh
 from tracker.contenders import Answer, Array, Contender
 from tracker.errors import ConfigError
+from tracker.summary import versions
 
 # What the libraries beneath NumPy, SciPy and torch read, once, when they are loaded.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -247,14 +247,11 @@ def report(races: Sequence[Race], laps: Sequence[Lap], *, frames: int, repeats: 
 
 def environment() -> dict[str, Any]:
     """The machine, the versions, and how many threads the libraries were given."""
-    versions = {
-        name: importlib.metadata.version(name) for name in ("tracker", "numpy", "scipy", "lap", "torch")
-    }
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "system": platform.platform(),
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions(),
         "threads": {name: os.environ.get(name, "not set") for name in THREAD_VARIABLES},
     }
 

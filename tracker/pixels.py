@@ -45,7 +45,7 @@ class Workspace:
 
 
 @lru_cache
-def _yuv_to_bgr(matrix: YuvMatrix, full_range: bool) -> NDArray[np.float32]:
+def yuv_to_bgr(matrix: YuvMatrix, full_range: bool) -> NDArray[np.float32]:
     """(3, 4) affine map from 8-bit (Y, U, V, 1) to (B, G, R) in 0–255.
 
     From the luma equation Y = Kr·R + Kg·G + Kb·B and its ranges in ITU-R BT.601, BT.709 and BT.2020.
@@ -97,7 +97,7 @@ def to_bgr(image: Image, *, out: Pixels | None = None, work: Workspace | None = 
     y, u, v = image.planes
     yuv = work.array("yuv", height, width, 3)
     cv2.merge([y, _repeat(u, width, height, work, "u"), _repeat(v, width, height, work, "v")], dst=yuv)
-    cv2.transform(yuv, _yuv_to_bgr(image.matrix, image.full_range), dst=out)
+    cv2.transform(yuv, yuv_to_bgr(image.matrix, image.full_range), dst=out)
     return out
 
 
@@ -123,7 +123,7 @@ def resize_bgr(image: Image, size: tuple[int, int], *, interpolation: int, work:
         cv2.resize(plane, size, dst=resized, interpolation=interpolation)
     yuv = work.array("yuv", height, width, 3)
     cv2.merge(list(planes), dst=yuv)
-    cv2.transform(yuv, _yuv_to_bgr(image.matrix, image.full_range), dst=bgr)
+    cv2.transform(yuv, yuv_to_bgr(image.matrix, image.full_range), dst=bgr)
     return bgr
 
 

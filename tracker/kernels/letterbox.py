@@ -20,7 +20,7 @@ from tracker.boxes import Fit
 from tracker.errors import SourceError
 from tracker.kernels.launch import EXACT, on_device_of, programs
 from tracker.manifest import Interpolation
-from tracker.pixels import Triple, _yuv_to_bgr
+from tracker.pixels import Triple, yuv_to_bgr
 from tracker.types import Image, YuvMatrix
 
 Size = tuple[int, int]
@@ -179,7 +179,7 @@ def _constants(
         inverse = np.array(fit.resized) / np.array(size)  # in OpenCV's order: 1 / (1 / a) need not be a
         row[place + 3 : place + 6] = *size, _way(size, fit.resized, interpolation)
         row[place + 6 : place + _PLANE] = np.concatenate((1 / inverse, inverse)).view(np.int64)
-    matrix = _IDENTITY if colours is None else _yuv_to_bgr(*colours)
+    matrix = _IDENTITY if colours is None else yuv_to_bgr(*colours)
     # OpenCV cuts what lies beyond the point instead of rounding, hence the half.
     fixed = np.rint((matrix + np.array([0, 0, 0, 0.5], np.float32)) * np.float32(1024))
     row[3 * _PLANE : 3 * _PLANE + 4] = *fit.offset, *fit.resized
