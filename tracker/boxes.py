@@ -7,6 +7,7 @@ Formats are in the names: xyxy are corners, xywh the top-left corner and size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -63,9 +64,16 @@ class Fit:
 
     def to_source(self, xyxy: Array) -> Array:
         """(..., 4) corners in the network input → corners in source pixels, unclipped."""
-        scale = np.array(self.source_size, np.float64) / np.array(self.resized)
-        source: Array = (xyxy - np.tile(self.offset, 2)) * np.tile(scale, 2)
+        offset, scale = _inverse(self)
+        source: Array = (xyxy - offset) * scale
         return source
+
+
+@lru_cache
+def _inverse(fit: Fit) -> tuple[Array, Array]:
+    """(4,) offset and (4,) scale of `to_source`: the same for every frame of a source."""
+    scale = np.array(fit.source_size, np.float64) / np.array(fit.resized)
+    return np.tile(fit.offset, 2), np.tile(scale, 2)
 
 
 def fit_corner(source_size: tuple[int, int], input_size: tuple[int, int]) -> Fit:

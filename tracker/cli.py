@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     option = parser.add_argument
     option("sources", nargs="+", metavar="SOURCE", help="video file, image directory or quoted glob")
-    option("--engine", help="an .onnx file, with its manifest beside it")
+    option("--engine", help="an .onnx, .engine (TensorRT) or .pt2 (torch) file, with its manifest beside it")
     option("--tracker", choices=("jde", "byte"), help="default: jde if the engine embeds, else byte")
     option("--compat", choices=("fairmot", "bytetrack"), help="do exactly as that published tracker")
     option("--out", metavar="DIR", help="directory for results (default: runs/<name>)")

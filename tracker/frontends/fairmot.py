@@ -132,11 +132,12 @@ class Fairmot(Detector):
 
     def _detections(self, rows: NDArray[np.float32], fit: Fit) -> Detections:
         """Rows (K, 6 + D) of one image, by falling score. Boxes may reach beyond the image, as objects do."""
-        found = rows[rows[:, 4] > self._config.conf]
+        found = rows[: np.count_nonzero(rows[:, 4] > self._config.conf)]
         if self._config.official_transform:
             xyxy = official_to_source(found[:, :4], fit)
         else:
-            found = found[(found[:, 2] > found[:, 0]) & (found[:, 3] > found[:, 1])]
+            proper = (found[:, 2] > found[:, 0]) & (found[:, 3] > found[:, 1])
+            found = found if proper.all() else found[proper]
             xyxy = fit.to_source(found[:, :4] * STRIDE)
         return Detections(
             xyxy=xyxy.astype(np.float32),
