@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import tracker.kernels.deform  # noqa: F401 (registers the operator that programs hold by name)
 from tracker.errors import EngineError
 from tracker.graphs import first_line
 from tracker.manifest import Manifest
