@@ -61,7 +61,7 @@ def pack_weight(weight: Tensor) -> Tensor:
 
 def plan_for(x: Tensor, outputs: int) -> Plan:
     """What `tune` found for such sizes on this device, else small tiles and the least split that keeps a
-    large GPU busy: within a quarter of the best plan for each of FairMOT's sizes on an H200, at batch 1 and 8.
+    large GPU busy: for each of FairMOT's sizes, at batch 1 and 8, within a quarter of an H200's best plan.
     """
     # A compiler may ask for sizes that it has not decided on.
     known = _fastest.get(_key(x, outputs)) if all(type(side) is int for side in x.shape) else None
