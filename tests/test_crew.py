@@ -478,6 +478,7 @@ class Gpu:
     """Stands for a front end on a GPU, or where it is said to be; finds one object in every frame."""
 
     names, max_batch, embeds, lanes = ("person",), 4, False, 2
+    problem: str | None = None
 
     def __init__(self, device: str = "cuda:0") -> None:
         self.device, self.frames_on = torch.device(device), torch.device("cpu")
@@ -551,6 +552,25 @@ def test_what_crossed_from_the_gpu_is_told_per_frame(
         "per_frame": {"waits": 0.25, "copies": 0.25, "bytes": 1500.0},
     }
     assert "; per frame 0.25 waits, 0.25 copies and 1.5 kB from cuda:0; results in" in capsys.readouterr().err
+
+
+def test_what_ran_slower_than_it_should_is_said_aloud(
+    clips: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No CUDA graphs, and a video that NVDEC cannot take: neither stops the run, neither goes unsaid."""
+    frontend = Gpu()
+    frontend.problem = "without CUDA graphs: the driver is too old"
+    frontend.frames_on = torch.device("cuda:0")
+    pretend(frontend, monkeypatch)
+    monkeypatch.setattr("tracker.sources.examine", lambda *_, **__: "its codec is mpeg4")
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main([clips[0], "--engine", "any", "--out", str(tmp_path), "--max-frames", "4"]) == 0
+    said = capsys.readouterr().err
+    assert "any ran without CUDA graphs: the driver is too old" in said
+    assert "a was decoded on the CPU, because its codec is mpeg4" in said
+    summary = json.loads((tmp_path / "a.summary.json").read_text())
+    assert summary["engine"]["problem"] == frontend.problem
+    assert summary["decoder"] == "CPU, because its codec is mpeg4"
 
 
 def test_a_detector_on_the_cpu_counts_one_wait_and_one_copy_per_batch(

@@ -125,6 +125,8 @@ def _track(arguments: dict[str, Any], *, quiet: bool) -> int:
             progress.update(session.tracked_frames, len(tracks), session.streams[frame.source].stem)
         for stream in session.streams:
             _warn(stream, progress)
+        for words in _detours(session):
+            progress.warn(words)
         lossless = all(_is_whole(stream) for stream in session.streams)
     if not quiet:
         _close(session)
@@ -146,6 +148,17 @@ def _warn(stream: Stream, progress: Progress) -> None:
             f"{stream.stem}: {promised}{counts.decoded} good, {counts.corrupt} corrupt, "
             f"{counts.missing} missing: the source is damaged or truncated; results cover the good frames"
         )
+
+
+def _detours(session: Session) -> Iterator[str]:
+    """What was not done where it should be: no run is slower in silence."""
+    frontend = session.frontend
+    if frontend.problem is not None:
+        yield f"{session.options.engine} ran {frontend.problem}"
+    for stream in session.streams:
+        decoder = stream.feed.source.decoder
+        if frontend.frames_on.type == "cuda" and decoder.startswith("CPU, because"):
+            yield f"{stream.stem} was decoded on the {decoder}"
 
 
 def _close(session: Session) -> None:

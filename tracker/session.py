@@ -6,7 +6,6 @@ for itself.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -21,6 +20,7 @@ from tracker.crew_worker import Duty
 from tracker.engine import open_engine
 from tracker.errors import ConfigError, SinkError
 from tracker.pipeline import Feed, Pipeline
+from tracker.runtimes.onnx import usable_cores
 from tracker.sinks import open_sinks
 from tracker.sinks.output import LineSink
 from tracker.sources import Decode, open_source
@@ -271,8 +271,7 @@ class Session:
             return min(self.options.workers, len(self.streams))
         if self.frontend.device.type == "cpu" or len(self.streams) == 1:
             return 0
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(max(1, cores // CORES_PER_WORKER), len(self.streams))
+        return min(max(1, usable_cores() // CORES_PER_WORKER), len(self.streams))
 
     def _output_directory(self, name: str) -> Path:
         if self.options.out is not None:
@@ -327,6 +326,7 @@ class Session:
                 "sha256": manifest.engine_sha256,
                 "frontend": manifest.frontend,
                 "precision": manifest.precision,
+                "problem": self.frontend.problem,
             },
             tracker={
                 "name": self.tracker,

@@ -270,7 +270,7 @@ class Frontend(Protocol):
 
     embeds: whether detections carry embeddings. lanes: batches it works on at once. device: where it
     computes. frames_on: where frames had best lie. transfers: between its device and the host so far.
-    seconds: spent so far, by stage, in order.
+    seconds: spent so far, by stage, in order. problem: what makes it slower than it should be, if anything.
     """
 
     names: tuple[str, ...]
@@ -282,6 +282,8 @@ class Frontend(Protocol):
     def device(self) -> torch.device: ...
     @property
     def frames_on(self) -> torch.device: ...
+    @property
+    def problem(self) -> str | None: ...
     @property
     def transfers(self) -> Transfers: ...
     @property

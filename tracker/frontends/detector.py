@@ -80,7 +80,6 @@ class Detector(ABC):
         for a class to keep that there is not.
         """
         self._runtime = runtime
-        self._input = manifest.input.name
         self._roles = manifest.outputs
         for name in self._roles.values():
             if name not in runtime.outputs:

@@ -54,7 +54,7 @@ class OnnxRuntime:
             if count is not None and count < 1:
                 raise ConfigError(f"{key} is {count}; it must be at least 1")
         self.device = _resolve(device)
-        cores = _cores()
+        cores = usable_cores()
         self.lanes = lanes or (min(cores, MAX_LANES) if self.device.type == "cpu" else 1)
         self.threads = threads or max(1, cores // self.lanes)
         self._session = _load(path, self.device, self.threads)
@@ -103,7 +103,7 @@ class OnnxRuntime:
         return tensor.to(self.device, wanted).contiguous()
 
 
-def _cores() -> int:
+def usable_cores() -> int:
     """Those this process may use, where the system tells; containers and batch systems give away few."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
