@@ -225,7 +225,7 @@ def test_an_interrupted_run_leaves_whole_lines_marked_partial(
     command = [sys.executable, "-m", "tracker", str(clip), "--engine", str(engine), "--out", str(out)]
     with subprocess.Popen([*command, "--save", "mot,jsonl"], stderr=subprocess.PIPE, text=True) as run:
         deadline = time.monotonic() + 60
-        last = out / "long.partial.jsonl"  # of a frame's results: once it has one, the first frame is finished
+        last = out / "long.partial.jsonl"  # of a frame's results: then the first frame is finished
         while not last.exists() or not last.stat().st_size:
             assert run.poll() is None, run.stderr.read() if run.stderr else ""
             assert time.monotonic() < deadline
