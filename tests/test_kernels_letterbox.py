@@ -23,7 +23,7 @@ from torch import Tensor
 from tracker.boxes import Fit, fit_center, fit_corner, fit_stretch
 from tracker.errors import EngineError, SourceError
 from tracker.kernels.heads import decode_heads
-from tracker.kernels.letterbox import FrameTable, letterbox
+from tracker.kernels.letterbox import FrameTable, Plane, letterbox, planes_of
 from tracker.manifest import Interpolation
 from tracker.pixels import Workspace, network_input
 from tracker.sources.planes import image_of
@@ -292,3 +292,13 @@ def test_on_a_gpu_a_graph_reads_whatever_the_table_says_next(gpu: torch.device) 
         graph.replay()
         expected = opencv_input(image, fit, interpolation="area", **FAIRMOT)
         assert_same_picture(out[0].cpu().numpy(), expected, level=1 / 255)
+
+
+def test_a_surface_of_nv12_is_read_where_its_planes_lie() -> None:
+    nv12 = torch.zeros(8 * 3 // 2, 32, dtype=torch.uint8)[:, :16]  # rows are padded, as NVDEC's are
+    luma, chroma = nv12[:8], nv12[8:]
+    found = planes_of(Image(format="nv12", planes=(nv12,)), torch.device("cpu"))
+    assert [plane[:5] for plane in found] == [
+        Plane.of(plane)[:5] for plane in (luma, chroma[:, ::2], chroma[:, 1::2])
+    ]
+    assert all(plane.owner is nv12 for plane in found)

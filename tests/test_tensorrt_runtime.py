@@ -426,6 +426,7 @@ def test_a_real_lane_in_its_callers_graph(real: Path, gpu: torch.device) -> None
     assert work.problem is None
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_a_batch_size_that_never_ran_is_not_captured(real: Path, gpu: torch.device) -> None:
     lane, graph = TensorRTRuntime(real).lane(), torch.cuda.CUDAGraph()
     with (

@@ -33,7 +33,11 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", type=Path, metavar="X.onnx", help="with its manifest X.onnx.json beside it")
     parser.add_argument("--out", type=Path, required=True, metavar="X.engine")
-    parser.add_argument("--precision", choices=get_args(Precision), help="(default: the graph's own)")
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        help="int8 is for graphs of tools/calibrate.py, whose rest becomes fp16 (default: the graph's own)",
+    )
     parser.add_argument("--builder", choices=get_args(Builder), default="tensorrt", help="default: tensorrt")
     parser.add_argument(
         "--batch",
@@ -52,9 +56,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--half-io", action="store_true", help="inputs and outputs in fp16 or bf16 as well")
     parser.add_argument(
         "--deform",
-        choices=("plugin", "segments", "lower"),
-        help="deformable convolutions by TensorRT's own plugin, by a fused kernel between several plans in "
-        "one file, or as GridSample, slowly (default: the plugin if there is one, from 10.15, else segments)",
+        choices=("plugin", "fused", "segments", "lower"),
+        help="deformable convolutions by TensorRT's own plugin; by our fused kernel, as a plugin inside the "
+        "plan (from TensorRT 10.9) or between several plans in one file; or as "
+        "GridSample, slowly (default: TensorRT's own if it has one, from 10.15, else segments)",
     )
     parser.add_argument("--verify", metavar="VIDEO", help="frames to compare with (default: drawn ones)")
     parser.add_argument("--no-verify", action="store_true", help="cast without comparing")

@@ -16,9 +16,10 @@ from pathlib import Path
 import onnx
 
 from tracker import manifest as manifests
-from tracker.deploy.islands import HalfConfig, precision_of
+from tracker.deploy.islands import Half, HalfConfig, precision_of
 from tracker.deploy.lower import lowered
 from tracker.deploy.plan import BuildConfig, Progress, compile_plan, partial_file
+from tracker.deploy.plugin import compile_fused, require
 from tracker.deploy.precision import dense_upsampling, relative_errors, to_half
 from tracker.deploy.segments import DeformChoice, choose, compile_segments
 from tracker.errors import ConfigError, EngineError
@@ -60,8 +61,8 @@ def build(
     """Build the ONNX file `source`, which has its manifest beside it, into `out` with a manifest beside it.
 
     precision: None leaves the graph as it is; "fp16" and "bf16" cast an FP32 graph, `half` says how
-    (its kind follows precision). int8 graphs come from calibration. frames: to check a cast graph with,
-    on the CPU before anything is built; without any it is not checked.
+    (its kind follows precision); "int8" casts what calibration left in FP32 to FP16.
+    frames: to check a cast graph with, on the CPU before anything is built; without any it is not checked.
     deform: see `segments.choose`; None takes TensorRT's own DeformConv where it has one.
     progress: called from this thread while it waits, with what goes on and how far it is, 0 to 1 or None.
 
@@ -72,15 +73,17 @@ def build(
     if out.suffix not in (".engine", ".plan"):
         raise ConfigError(f"{out} is no name for an engine: end it in .engine")
     trt_module(config.builder)  # before minutes of work
-    manifest = _manifest_of(source)
+    manifest = manifest_of(source)
     model = _sized(load(source), manifest)
     with partial_file(out) as file:
         if progress is not None:
             progress("comparing with fp32" if frames else "casting", None)
         deform = choose(model, config, deform)
+        if deform == "fused":
+            require(trt_module(config.builder))
         model = lowered(model) if deform == "lower" else model
         model, errors = _in_precision(model, manifest, precision, half or HalfConfig(), frames)
-        compiled = compile_segments if deform == "segments" else compile_plan
+        compiled = {"segments": compile_segments, "fused": compile_fused}.get(deform or "", compile_plan)
         plan = compiled(model, config, progress)
         with file.step():
             file.write(plan.content)
@@ -109,7 +112,8 @@ def load(source: Path) -> onnx.ModelProto:
         raise EngineError(f"{source} is no ONNX file or is cut short: export or copy it again") from error
 
 
-def _manifest_of(source: Path) -> Manifest:
+def manifest_of(source: Path) -> Manifest:
+    """The manifest beside an ONNX file, seen to belong to it. Raises EngineError, ConfigError."""
     beside = manifests.beside(source)
     if not beside.exists():
         raise EngineError(
@@ -141,19 +145,20 @@ def _in_precision(
     """The graph as it will be built, and what half precision changes in its answers."""
     given = precision_of(model)
     model = dense_upsampling(model)
-    if wanted in (None, given):
+    if wanted is None or (wanted == given != "int8"):
         return model, {}
-    if wanted == "int8":
+    if wanted == "int8" != given:
         raise ConfigError(f"the graph is in {given}: quantise it first with tools/calibrate.py")
-    if given != "fp32" or wanted == "fp32":
+    if given not in ("fp32", wanted) or wanted == "fp32":
         raise ConfigError(
             f"the graph is in {given} already: leave out --precision {wanted}, or start from fp32"
         )
     assert wanted is not None
     compared = tuple(name for role, name in manifest.outputs.items() if role in COMPARED)
-    half = dataclasses.replace(half, kind=wanted, compared=(*half.compared, *compared))
+    kind: Half = "fp16" if wanted == "int8" else wanted
+    half = dataclasses.replace(half, kind=kind, compared=(*half.compared, *compared))
     errors = {}
-    if frames:
+    if frames and given == "fp32":  # integers flip to the next at any change; calibration judges those
         rows = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 1
         images, _ = Preprocessor(manifest.input, rows)(list(islice(cycle(frames), rows)))
         errors = relative_errors(model, half, {manifest.input.name: images.numpy()})

@@ -17,11 +17,12 @@ from time import perf_counter
 from types import ModuleType
 from typing import Any, TypeVar
 
+import numpy as np
 import onnx
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
-from tracker.deploy.islands import element_types, precision_of
+from tracker.deploy.islands import copy_of, element_types, precision_of
 from tracker.errors import ConfigError, EngineError
 from tracker.manifest import Batch, Builder
 from tracker.runtimes.trt import collector, reason, remedy, trt_module
@@ -176,7 +177,8 @@ class _Compilation:
         flag = kinds.STRONGLY_TYPED if self._strong else kinds.EXPLICIT_BATCH
         network = builder.create_network(1 << int(flag))
         parser = self._trt.OnnxParser(network, self._messages)
-        parsed = parser.parse(self._model.SerializeToString())
+        model = self._model if self._strong else _scales_in_fp32(self._model)
+        parsed = parser.parse(model.SerializeToString())
         return builder, network, None if parsed else self._refusal(parser)
 
     @property
@@ -304,6 +306,22 @@ def mark_precision(trt: Any, network: Any, options: Any, model: onnx.ModelProto)
             if types.get(tensor.name) == TensorProto.FLOAT:
                 layer.set_output_type(place, trt.float32)
     return pinned
+
+
+def _scales_in_fp32(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The parser of 8.6 reads scales of Q and DQ as FP32 whatever they are (onnx-tensorrt 8.6,
+    `QuantDequantLinearHelper`); the network has no types yet that this could contradict.
+    """
+    nodes = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    scales = {node.input[1] for node in nodes}
+    if not any(t.name in scales and t.data_type != TensorProto.FLOAT for t in model.graph.initializer):
+        return model
+    model = copy_of(model)
+    for tensor in model.graph.initializer:
+        if tensor.name in scales:
+            values = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    return model
 
 
 def _monitor(trt: Any) -> Any:

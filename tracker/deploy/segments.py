@@ -33,7 +33,7 @@ from tracker.errors import ConfigError, EngineError
 from tracker.kernels.deform import TAPS, pack_weight
 from tracker.runtimes.segments import Deform, Segments, pack
 
-DeformChoice = Literal["plugin", "segments", "lower"]
+DeformChoice = Literal["plugin", "fused", "segments", "lower"]
 
 _FLOATS: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
@@ -64,9 +64,8 @@ def has_deform(model: onnx.ModelProto) -> bool:
 def choose(model: onnx.ModelProto, config: BuildConfig, asked: DeformChoice | None) -> DeformChoice | None:
     """How the graph's deformable convolutions will run, None where it has none.
 
-    "plugin": TensorRT's own, from 10.15; the choice where it is there, else "segments". "lower": see `lower`.
-    Raises ConfigError for a choice that
-    means nothing here.
+    "plugin": TensorRT's own, from 10.15; the choice where it is there, else "segments". "fused": see module
+    `plugin`. "lower": see `lower`. Raises ConfigError for a choice that means nothing here.
     """
     if not has_deform(model):
         if asked is not None:
@@ -167,6 +166,7 @@ class _Cutter:
                 depth.update(dict.fromkeys(step.output, above))
         outside = {name for stage in stages for deform in stage for name in (deform.x, *deform.shifts)}
         outside |= set(self._outputs)
+        parts = _quantised_beside_users(parts, outside)
         models = [self._part(index, parts, outside) for index in range(len(parts))]
         return Cut(
             tuple(self._inputs),
@@ -294,7 +294,7 @@ class _Cutter:
         nodes = parts[index]
         if not nodes:
             return None
-        later = {name for part in parts[index + 1 :] for node in part for name in node.input}
+        later = {name for part in parts[index + 1 :] for name in _taken_from_before(part)}
         made = [name for node in nodes for name in node.output]
         taken = dict.fromkeys(name for node in nodes for name in node.input if name)
         inputs = [name for name in taken if name not in self._weights and name not in made]
@@ -350,6 +350,48 @@ class _Cutter:
         """None for a size that is open or unknown."""
         dimensions = self._values[name].type.tensor_type.shape.dim
         return tuple(each.dim_value if each.HasField("dim_value") else None for each in dimensions)
+
+
+def _quantised_beside_users(
+    parts: Sequence[Sequence[onnx.NodeProto]], outside: set[str]
+) -> list[list[onnx.NodeProto]]:
+    """Q and DQ nodes in every part that takes what they give, and nowhere else.
+
+    Seams carry numbers, not integers, and TensorRT makes an integer kernel only of a layer that it sees
+    together with the pair before it and the DQ of its weights.
+    """
+    makers = {
+        name: node
+        for part in parts
+        for node in part
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+        for name in node.output
+    }
+    moved: list[list[onnx.NodeProto]] = []
+    for part in parts:
+        placed: list[onnx.NodeProto] = []
+        there: set[str] = set()
+
+        def bring(name: str, placed: list[onnx.NodeProto] = placed, there: set[str] = there) -> None:
+            if name in makers and name not in there:
+                there.add(name)
+                bring(makers[name].input[0])
+                placed.append(makers[name])
+
+        for node in part:
+            if node.output[0] not in makers:
+                for name in node.input:
+                    bring(name)
+                placed.append(node)
+            elif node.output[0] in outside:
+                bring(node.output[0])
+        moved.append(placed)
+    return moved
+
+
+def _taken_from_before(part: Sequence[onnx.NodeProto]) -> set[str]:
+    made = {name for node in part for name in node.output}
+    return {name for node in part for name in node.input} - made
 
 
 def _taken(step: onnx.NodeProto | Deform) -> tuple[str, ...]:

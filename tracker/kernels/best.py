@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tracker.errors import EngineError
-from tracker.kernels.launch import EXACT, on_device_of, power_of_two, programs
+from tracker.kernels.launch import EXACT, launch, on_device_of, power_of_two, programs
 
 MAX_LIMIT = 4096  # TensorRT's own top-K takes 3840; each row is compared with all others
 
@@ -47,7 +47,8 @@ class Candidates:
         """Fill `chosen` from what is listed."""
         (batch, capacity), limit = self.keys.shape, self.chosen.shape[1]
         with on_device_of(self.keys):
-            programs("best", self.keys).select[batch,](
+            launch(
+                programs("best", self.keys).select, (batch,),
                 self.keys, self.state, self.chosen, capacity, limit,
                 INDEX_BITS=self.index_bits, BLOCK=4096, SLOTS=self.slots, num_warps=16, **EXACT,
             )  # fmt: skip

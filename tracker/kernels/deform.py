@@ -1,8 +1,8 @@
 """Deformable convolution v2 (3×3, stride 1, one offset group) as one fused kernel: the torch operator
 `tracker::deform_conv2d`.
 
-The arithmetic of `models.deform`, which is its reference and what runs on a CPU. An operator of torch's
-library: torch.compile and AOTInductor see through it to the kernel, torch.export keeps it by name, CUDA
+The arithmetic of `deform_reference`, which the operator runs on a CPU. An operator of torch's library:
+torch.compile and AOTInductor see through it to the kernel, torch.export keeps it by name, CUDA
 graphs capture it.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,36 +19,37 @@ from torch import Tensor
 from torch.library import custom_op, triton_op, wrap_triton
 
 from tracker.errors import EngineError
-from tracker.kernels.launch import EXACT, on_device_of, power_of_two, programs
+from tracker.kernels import deform_reference
+from tracker.kernels.launch import EXACT, launch, on_device_of, power_of_two, programs
 
 TAPS = 9
-TILE_Y, TILE_X = 4, 8  # pixels; larger tiles are slower at every one of FairMOT's sizes
-ENOUGH = 300  # programs: at least two for each multiprocessor of a large GPU
+ENOUGH = 200  # programs: more than a large GPU has multiprocessors
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How the work is cut. tile_y, tile_x: output pixels of a program. block_o: its output channels. split:
-    programs that share these, 1, 3 or 9, each with its part of the taps. warps, stages: Triton's.
+    programs that share these, 1, 3 or 9, each with its part of the taps. warps: Triton's. block_c: at most so
+    many input channels at once.
     """
 
-    tile_y: int = TILE_Y
-    tile_x: int = TILE_X
+    tile_y: int = 8
+    tile_x: int = 8
     block_o: int = 64
     split: int = 1
     warps: int = 4
-    stages: int = 2
+    block_c: int = 64
 
 
-_CUTS = (  # tile_y, tile_x, warps, stages
-    *((4, 8, 4, stages) for stages in (2, 3)),
-    *((8, 8, 4, stages) for stages in (1, 2, 3)),
-    *((8, 16, warps, stages) for warps, stages in ((4, 1), (8, 1), (8, 2))),
+_CUTS = (  # tile_y, tile_x, warps, block_c
+    *((8, 8, warps, block_c) for warps in (4, 8) for block_c in (32, 64)),
+    *((4, 16, 4, block_c) for block_c in (32, 64)),
+    *((4, 8, 4, 64), (8, 16, 8, 32)),
 )
 PLANS = tuple(
-    Plan(tile_y, tile_x, block_o, split, warps, stages)
-    for tile_y, tile_x, warps, stages in _CUTS
+    Plan(tile_y, tile_x, block_o, split, warps, block_c)
+    for tile_y, tile_x, warps, block_c in _CUTS
     for block_o in (64, 128)
     for split in (1, 3, 9)
 )
@@ -60,19 +62,19 @@ def pack_weight(weight: Tensor) -> Tensor:
 
 
 def plan_for(x: Tensor, outputs: int) -> Plan:
-    """What `tune` found for such sizes on this device, else small tiles and the least split that keeps a
-    large GPU busy: for each of FairMOT's sizes, at batch 1 and 8, within a quarter of an H200's best plan.
+    """What `tune` found for such sizes on this device, else the least split that keeps a large GPU busy: for
+    each of FairMOT's sizes, at batch 1 and 8, within a fifth of an H200's best plan.
     """
     # A compiler may ask for sizes that it has not decided on.
     known = _fastest.get(_key(x, outputs)) if all(type(side) is int for side in x.shape) else None
     if known is not None:
         return known
     batch, _, height, width = x.shape
-    block_o = min(128, max(16, power_of_two(outputs)))
-    tiles = batch * -(-height // TILE_Y) * -(-width // TILE_X) * -(-outputs // block_o)
-    split = next((split for split in (1, 3) if tiles * split >= ENOUGH), TAPS)
-    # Prefetched float32 would not fit the shared memory of smaller GPUs.
-    return Plan(block_o=block_o, split=split, stages=1 if x.dtype == torch.float32 else 2)
+    wide = x.dtype == torch.float32  # twice the registers
+    plan = Plan(block_o=min(128, max(16, power_of_two(outputs))), block_c=32 if wide else 64)
+    tiles = -(-height // plan.tile_y) * -(-width // plan.tile_x)
+    programs = batch * tiles * -(-outputs // plan.block_o)
+    return replace(plan, split=next((split for split in (1, 3) if programs * split >= ENOUGH), TAPS))
 
 
 def tune(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor) -> list[tuple[float, Plan]]:
@@ -127,12 +129,12 @@ def deform_conv2d(
     kernels = programs("deform", x, offset, mask, weight)
     # A compiler passes tensors of its own through here, and sees only launches that are wrapped for it.
     traced = type(x) not in (Tensor, torch.nn.Parameter)
-    kernel, options = (wrap_triton, {}) if traced else (lambda plain: plain, EXACT)
+    start: Callable[..., None] = _launch_traced if traced else partial(launch, **EXACT)
     if x.stride(1) != 1:
         x = x.contiguous(memory_format=torch.channels_last)
     (batch, channels, height, width), outputs = x.shape, weight.shape[2]
     plan = plan or plan_for(x, outputs)
-    block_c = 32 if channels % 32 == 0 else 16
+    block_c = next(size for size in (plan.block_c, 32, 16) if channels % size == 0)
     out = _empty(x, outputs) if out is None else out
     parts = (
         x.new_empty(plan.split, batch, height, width, outputs, dtype=torch.float32) if plan.split > 1 else out
@@ -144,20 +146,21 @@ def deform_conv2d(
         batch * plan.split,
     )
     with on_device_of(x):
-        kernel(kernels.deform)[grid](
+        start(
+            kernels.deform, grid,
             x, offset, mask, weight, weight if bias is None else bias, parts,
             batch, height, width, channels, outputs,
             *x.stride(), *offset.stride(), *mask.stride(), *out.stride(),
             SIGMOID=mask_logits, **ends, HALF=x.dtype == torch.float16, PRECISION="tf32x3",
-            TILE_Y=plan.tile_y, TILE_X=plan.tile_x, BLOCK_C=block_c,
-            CHUNKS=2 if channels % (2 * block_c) == 0 else 1, BLOCK_O=plan.block_o, SPLIT=plan.split,
-            num_warps=plan.warps, num_stages=plan.stages, **options,
+            TILE_Y=plan.tile_y, TILE_X=plan.tile_x, BLOCK_C=block_c, BLOCK_O=plan.block_o, SPLIT=plan.split,
+            num_warps=plan.warps, num_stages=1,
         )  # fmt: skip
         if plan.split > 1:
             pixels = batch * height * width
-            kernel(kernels.join)[-(-pixels // 16), -(-outputs // 64)](
+            start(
+                kernels.join, (-(-pixels // 16), -(-outputs // 64)),
                 parts, weight if bias is None else bias, out, pixels, height, width, outputs, *out.stride(),
-                **ends, SPLIT=plan.split, BLOCK=16, BLOCK_O=64, **options,
+                **ends, SPLIT=plan.split, BLOCK=16, BLOCK_O=64,
             )  # fmt: skip
     return out
 
@@ -213,11 +216,36 @@ def _check(
         )
 
 
+def _launch_traced(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
+    """`launch` for a compiler, which records it and starts the kernel by its own means."""
+    wrap_triton(kernel)[grid](*arguments, **options)
+
+
 def _empty(x: Tensor, outputs: int) -> Tensor:
     batch, _, height, width = x.shape
     return torch.empty(
         batch, outputs, height, width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
+
+
+def _on_cpu(
+    x: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    mask_logits: bool = False,
+    relu: bool = False,
+) -> Tensor:
+    """The reference, in float32 as the kernel's sums are: programs that hold the operator run anywhere."""
+    _check(x, offset, mask, weight, bias, None)
+    _, channels, outputs = weight.shape
+    factors = mask.float().sigmoid() if mask_logits else mask.float()
+    plain = weight.float().permute(2, 1, 0).reshape(outputs, channels, 3, 3)
+    wide = deform_reference.deform_conv2d(
+        x.float(), offset, factors, plain, None if bias is None else bias.float()
+    )
+    return _empty(x, outputs).copy_(wide.relu() if relu else wide)
 
 
 def _key(x: Tensor, outputs: int) -> tuple[object, ...]:
@@ -228,3 +256,4 @@ def _key(x: Tensor, outputs: int) -> tuple[object, ...]:
 _operator = triton_op if importlib.util.find_spec("triton") else custom_op
 _registered: Any = _operator("tracker::deform_conv2d", mutates_args=())(_operate)
 _registered.register_fake(_shape)
+_registered.register_kernel("cpu")(_on_cpu)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tracker.kernels.best import Candidates, result, strides
-from tracker.kernels.launch import EXACT, on_device_of, power_of_two, programs
+from tracker.kernels.launch import EXACT, launch, on_device_of, power_of_two, programs
 
 
 def decode_heads(
@@ -39,12 +39,14 @@ def decode_heads(
     limit = best.chosen.shape[1]
     out = result(out, (batch, limit, 6 + dimensions), scores.device)
     with on_device_of(scores):
-        kernels.peaks[-(-classes * cells // 1024), batch](
+        launch(
+            kernels.peaks, (-(-classes * cells // 1024), batch),
             scores, best.keys, best.state, classes, height, width, *strides(scores),
             LOGITS=logits, INDEX_BITS=best.index_bits, BLOCK=1024, **EXACT,
         )  # fmt: skip
         best.choose()
-        kernels.rows[-(-limit // 8), batch](
+        launch(
+            kernels.rows, (-(-limit // 8), batch),
             best.chosen, best.state, wh, reg, embedding, out, limit, cells, width, dimensions,
             *strides(wh), *strides(reg), *strides(embedding),
             SIDES=wh.shape[1], INDEX_BITS=best.index_bits, SLOTS=best.slots, BLOCK=8,

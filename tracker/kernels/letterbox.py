@@ -1,7 +1,8 @@
 """Frames wherever they lie on the device → a batch of network inputs, in one launch.
 
 Gives the values of `pixels.network_input`: each plane is resized and rounded as OpenCV does it for 8-bit
-images (`modules/imgproc/src/resize.cpp`; 4.14 and 5.0 agree), converted as its `transform` does it
+images (`modules/imgproc/src/resize.cpp`; 4.14 and 5.0 agree; bicubic is a level off in a few hundredths of
+the pixels, whose sums OpenCV rounds otherwise), converted as its `transform` does it
 (`modules/core/src/matmul.simd.hpp`: in steps of 1/1024), then normalised in float32.
 """
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from tracker.boxes import Fit
 from tracker.errors import SourceError
-from tracker.kernels.launch import EXACT, on_device_of, programs
+from tracker.kernels.launch import EXACT, launch, on_device_of, programs
 from tracker.manifest import Interpolation
 from tracker.pixels import Triple, yuv_to_bgr
 from tracker.types import Image, YuvMatrix
@@ -26,7 +27,7 @@ from tracker.types import Image, YuvMatrix
 Size = tuple[int, int]
 
 # Ways to resize a plane, as jit/letterbox.py knows them.
-LINEAR, LINEAR_CELLS, AREA, AREA_WHOLE = range(4)
+LINEAR, LINEAR_CELLS, AREA, AREA_WHOLE, CUBIC = range(5)
 # 64-bit words of a frame in the table: three planes of (pointer, byte steps, size, way, and as float64 how
 # many samples a pixel spans and its inverse), where the image lies in the input, and 3 × 4 colour
 # coefficients in 1/1024.
@@ -108,8 +109,8 @@ class FrameTable:
     ) -> None:
         """Frame `index` of the batch; its memory is kept alive until the next one at this index.
 
-        image: planes as tensors of any strides or as `Plane`s, in memory of the table's device; NV12 is "yuv"
-        whose U and V lie side by side. fit: of the upright image.
+        image: planes as tensors of any strides or as `Plane`s, in memory of the table's device. fit: of the
+        upright image.
         turned, mirrored, flipped: what makes it upright, as in `Plane.upright`.
         """
         planes = [
@@ -148,9 +149,10 @@ def letterbox(
     border = [(pad - low) / scale for low, scale in zip(mean, std, strict=True)]
     grid = (-(-width // kernel.TILE_X.value), -(-height // kernel.TILE_Y.value), batch)
     with on_device_of(out):
-        kernel.letterbox[grid](
-            table.words, out, height, width, *out.stride(), *mean, *std, *border, WORDS=_WORDS, **EXACT
-        )
+        launch(
+            kernel.letterbox, grid,
+            table.words, out, height, width, *out.stride(), *mean, *std, *border, WORDS=_WORDS, **EXACT,
+        )  # fmt: skip
 
 
 def planes_of(image: Image, device: torch.device) -> tuple[Plane, ...]:
@@ -160,9 +162,23 @@ def planes_of(image: Image, device: torch.device) -> tuple[Plane, ...]:
         raise SourceError(
             f"the frame lies on {planes[0].device}, but {device} is to read it: copy it there first"
         )
+    if image.format == "nv12":
+        return _nv12(Plane.of(planes[0]))
     if len(planes) == 1:
         planes = planes[0].unbind(2)
     return tuple(plane if isinstance(plane, Plane) else Plane.of(plane) for plane in planes)
+
+
+def _nv12(whole: Plane) -> tuple[Plane, ...]:
+    """Y, U and V in a surface that has two rows of Y for one of U and V in turn."""
+    pointer, step_x, step_y, width, rows, owner = whole
+    height = rows * 2 // 3
+    chroma, half = pointer + height * step_y, (width // 2, height // 2)
+    return (
+        Plane(pointer, step_x, step_y, width, height, owner),
+        Plane(chroma, 2 * step_x, step_y, *half, owner),
+        Plane(chroma + step_x, 2 * step_x, step_y, *half, owner),
+    )
 
 
 @lru_cache
@@ -191,6 +207,8 @@ def _way(size: Size, resized: Size, interpolation: Interpolation) -> int:
     """How OpenCV resizes a plane to a size, which is not always what it is asked for."""
     if size == resized:
         return LINEAR  # each sample is itself
+    if interpolation == "cubic":
+        return CUBIC
     scales = [1 / (after / before) for before, after in zip(size, resized, strict=True)]
     whole = all(abs(scale - round(scale)) < np.finfo(np.float64).eps for scale in scales)
     if interpolation == "linear":

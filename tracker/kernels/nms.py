@@ -1,7 +1,7 @@
 """Overlapping candidates → the strongest of each class, in fixed shapes and without a wait for the device.
 
 `nms` takes any detector's rows; `decode_yolox` goes from YOLOX's raw rows through it. Rows are float32
-(x1, y1, x2, y2, score, label).
+(x1, y1, x2, y2, score, label); `rotated_nms` takes those of rotated boxes, (cx, cy, w, h, r, score, label).
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from tracker.kernels.best import Candidates, result
-from tracker.kernels.launch import EXACT, on_device_of, power_of_two, programs
+from tracker.kernels.launch import EXACT, launch, on_device_of, power_of_two, programs
 
 BLOCK = 128  # rows settled at a time
+TURNED_BLOCK = 32  # rotated rows compared at a time: each pair needs many registers
 
 
 def nms(rows: Tensor, *, iou_threshold: float, limit: int = 1024, out: Tensor | None = None) -> Tensor:
@@ -27,15 +28,31 @@ def nms(rows: Tensor, *, iou_threshold: float, limit: int = 1024, out: Tensor | 
     less: only the K strongest take part. out: where to write instead of fresh memory, contiguous.
     Raises EngineError for limits above 4096, and for tensors that the kernels cannot take.
     """
-    batch, count, _ = rows.shape
+    return _suppressed(rows, iou_threshold, limit, out)
+
+
+def rotated_nms(
+    rows: Tensor, *, iou_threshold: float, limit: int = 1024, out: Tensor | None = None
+) -> Tensor:
+    """As `nms`, of rotated boxes: (B, N, 7) → (B, K, 7), rows being cxcywhr, score and label.
+
+    What `frontends.nms.rotated_nms` keeps, but for pairs whose IoU is within rounding of the threshold.
+    """
+    return _suppressed(rows, iou_threshold, limit, out)
+
+
+def _suppressed(rows: Tensor, iou_threshold: float, limit: int, out: Tensor | None) -> Tensor:
+    batch, count, values = rows.shape
     rows = rows.contiguous()
     kernels = programs("nms", rows)
     best = Candidates.none(batch, count, limit, count, rows.device)
     with on_device_of(rows):
-        kernels.list_rows[-(-count // 1024), batch](
-            rows, best.keys, best.state, count, INDEX_BITS=best.index_bits, BLOCK=1024, **EXACT
-        )
-    return _kept(kernels, best, rows, rows, "rows", 1, iou_threshold, out)
+        launch(
+            kernels.list_rows, (-(-count // 1024), batch),
+            rows, best.keys, best.state, count,
+            ROW=values, INDEX_BITS=best.index_bits, BLOCK=1024, **EXACT,
+        )  # fmt: skip
+    return _kept(kernels, best, rows, rows, "rows", 1, iou_threshold, out, values)
 
 
 def decode_yolox(
@@ -64,7 +81,8 @@ def decode_yolox(
     kernels = programs("nms", raw, cells, wanted)
     best = Candidates.none(batch, count, limit, count * classes, raw.device)
     with on_device_of(raw):
-        kernels.list_cells[-(-count // 16), batch](
+        launch(
+            kernels.list_cells, (-(-count // 16), batch),
             raw, wanted, best.keys, best.state, count, values - 5, conf, *raw.stride(),
             INDEX_BITS=best.index_bits, BLOCK=16, BLOCK_C=classes, **EXACT,
         )  # fmt: skip
@@ -80,32 +98,39 @@ def _kept(
     classes: int,
     iou_threshold: float,
     out: Tensor | None,
+    values: int = 6,
 ) -> Tensor:
-    """From listed candidates to rows: choose, sort, compare, settle."""
+    """From listed candidates to rows: choose, sort, compare, settle. values: of a row, 7 of a rotated one."""
     batch, limit = best.chosen.shape
     words = power_of_two(max(limit, BLOCK)) // 32
-    sorted_rows = torch.empty(batch, limit, 6, device=source.device)
+    sorted_rows = torch.empty(batch, limit, values, device=source.device)
     covers = torch.empty(batch, limit, words, dtype=torch.int32, device=source.device)
-    out = result(out, (batch, limit, 6), source.device)
+    out = result(out, (batch, limit, values), source.device)
     best.choose()
     with on_device_of(source):
-        kernels.sort[-(-limit // 16), batch](
+        launch(
+            kernels.sort, (-(-limit // 16), batch),
             best.chosen, best.state, source, cells, sorted_rows, limit, *source.stride(),
-            KIND=kind, CLASSES=classes, INDEX_BITS=best.index_bits, SLOTS=best.slots, BLOCK=16, **EXACT,
+            ROW=values, KIND=kind, CLASSES=classes, INDEX_BITS=best.index_bits, SLOTS=best.slots,
+            BLOCK=16, **EXACT,
         )  # fmt: skip
-        kernels.cover[-(-limit // BLOCK), -(-limit // 256), batch](
-            sorted_rows,
-            best.state,
-            covers,
-            limit,
-            iou_threshold,
-            WORDS=words,
-            BLOCK=BLOCK,
-            STEP=8,
-            num_warps=8,
-            **EXACT,
-        )
-        kernels.settle[batch,](
-            sorted_rows, best.state, covers, out, limit, WORDS=words, BLOCK=BLOCK, num_warps=8, **EXACT
-        )
+        if values == 6:
+            launch(
+                kernels.cover, (-(-limit // BLOCK), -(-limit // 256), batch),
+                sorted_rows, best.state, covers, limit, iou_threshold,
+                WORDS=words, BLOCK=BLOCK, STEP=8, num_warps=8, **EXACT,
+            )  # fmt: skip
+        else:
+            angle = sorted_rows[..., 4]
+            turns = torch.stack((angle.cos(), angle.sin()), dim=2)
+            launch(
+                kernels.cover_turned, (-(-limit // TURNED_BLOCK), -(-limit // 256), batch),
+                sorted_rows, turns, best.state, covers, limit, iou_threshold,
+                WORDS=words, BLOCK=TURNED_BLOCK, STEP=8, num_warps=8, **EXACT,
+            )  # fmt: skip
+        launch(
+            kernels.settle, (batch,),
+            sorted_rows, best.state, covers, out, limit,
+            ROW=values, WORDS=words, BLOCK=BLOCK, num_warps=8, **EXACT,
+        )  # fmt: skip
     return out

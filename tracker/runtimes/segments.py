@@ -151,10 +151,10 @@ class SegmentsRuntime(LaneRuntime):
             torch.cuda.synchronize(self.device)
         except EngineError:
             raise
-        except Exception as error:  # Triton's, derived from nothing narrower, and its C compiler's
+        except Exception as error:  # Triton's and torch's, derived from nothing narrower
             raise EngineError(
-                f"{self.segments.name} cannot run here: {first_line(error)}; Triton needs a C compiler (gcc) "
-                "on every machine, and memory on the GPU"
+                f"{self.segments.name} cannot run here: {first_line(error)}; it needs memory on the GPU and "
+                "Triton, which comes with torch's CUDA builds"
             ) from error
         self.uncapturable = graphs.problem
         if graphs.problem is None:

@@ -50,11 +50,10 @@ def deform(
     TILE_Y: tl.constexpr,
     TILE_X: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    CHUNKS: tl.constexpr,  # of BLOCK_C channels, sampled at the same places at once
     BLOCK_O: tl.constexpr,
     SPLIT: tl.constexpr,  # programs that share a pixel, each with 9 / SPLIT taps
 ):
-    """Grid: (tiles of TILE_Y × TILE_X pixels, ⌈O / BLOCK_O⌉, B · SPLIT). C is a multiple of BLOCK_C · CHUNKS.
+    """Grid: (tiles of TILE_Y × TILE_X pixels, ⌈O / BLOCK_O⌉, B · SPLIT). C is a multiple of BLOCK_C.
 
     Coordinates and sums are float32 whatever the tensors hold.
     """
@@ -76,10 +75,10 @@ def deform(
     blend: tl.constexpr = tl.float16 if HALF else tl.float32
 
     total = tl.zeros((TILE_Y * TILE_X, BLOCK_O), tl.float32)
-    turns = channels // (BLOCK_C * CHUNKS)  # per tap
-    for turn in range(0, 9 // SPLIT * turns):
-        tap = part * (9 // SPLIT) + turn // turns
-        start = turn % turns * (BLOCK_C * CHUNKS)
+    # No software pipeline: its asynchronous copies pass by the L1 cache, where a tap's samples lie after the
+    # last one's. Enough programs are resident to hide the loads.
+    for turn in tl.range(0, 9 // SPLIT, num_stages=1):
+        tap = part * (9 // SPLIT) + turn
         down = tl.load(shifts + 2 * tap * offset_channel, mask=there, other=0.0).to(tl.float32)
         right = tl.load(shifts + (2 * tap + 1) * offset_channel, mask=there, other=0.0).to(tl.float32)
         factor = tl.load(masks + tap * mask_channel, mask=there, other=0.0).to(tl.float32)
@@ -93,16 +92,15 @@ def deform(
         bottom_left = (weigh_bottom * weigh_left).to(blend)[:, None]
         bottom_right = (weigh_bottom * weigh_right).to(blend)[:, None]
         top, bottom, left, right = top * x_row, bottom * x_row, left * x_column, right * x_column
-        for chunk in tl.static_range(CHUNKS):
-            first = start + chunk * BLOCK_C
-            here = x + first * x_channel
+        for start in tl.range(0, channels, BLOCK_C, num_stages=1):
+            here = x + start
+            factors = tl.load(
+                weight + (tap * channels + start) * outputs, mask=(output < outputs)[None, :], other=0.0
+            )
             sample = tl.load(here + (top + left)[:, None]).to(blend) * top_left
             sample = tl.fma(tl.load(here + (top + right)[:, None]).to(blend), top_right, sample)
             sample = tl.fma(tl.load(here + (bottom + left)[:, None]).to(blend), bottom_left, sample)
             sample = tl.fma(tl.load(here + (bottom + right)[:, None]).to(blend), bottom_right, sample)
-            factors = tl.load(
-                weight + (tap * channels + first) * outputs, mask=(output < outputs)[None, :], other=0.0
-            )
             total = tl.dot(sample.to(factors.dtype), factors, total, input_precision=PRECISION)
 
     kept = there[:, None] & (output < outputs)[None, :]
@@ -161,8 +159,9 @@ def join(
     kept = (pixel < pixels)[:, None] & (output < outputs)[None, :]
     place = pixel[:, None].to(tl.int64) * outputs + output[None, :]
     total = tl.load(parts + place, mask=kept, other=0.0)
+    size = tl.full((), outputs, tl.int64) * pixels  # of a part; either may be a number known beforehand
     for part in tl.static_range(1, SPLIT):
-        total += tl.load(parts + place + part * (pixels.to(tl.int64) * outputs), mask=kept, other=0.0)
+        total += tl.load(parts + place + part * size, mask=kept, other=0.0)
     if BIAS:
         total += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
     if RELU:

@@ -9,6 +9,7 @@ PLANE = tl.constexpr(10)  # words of a plane in the table
 LINEAR_CELLS = tl.constexpr(1)
 AREA = tl.constexpr(2)
 AREA_WHOLE = tl.constexpr(3)
+CUBIC = tl.constexpr(4)
 TO_EVEN = tl.constexpr(12582912.0)  # 1.5 · 2²³: float32 keeps nothing behind the point there
 
 
@@ -103,6 +104,18 @@ def _resized(plane, x, y):
         mean = count.to(tl.float32) * tl.div_rn(1.0, (across * down).to(tl.float32))
         # OpenCV rounds the half of two by two samples up, of other numbers to even.
         value = tl.where((across == 2) & (down == 2), (count + 2) >> 2, _to_even(mean))
+    elif way == CUBIC:
+        left, share_x = _between(x, scale_x, inverse_x, False)
+        top, share_y = _between(y, scale_y, inverse_y, False)
+        total_ = tl.zeros((y.shape[0], x.shape[0]), tl.int32)
+        for j in tl.static_range(4):
+            line = tl.zeros((y.shape[0], x.shape[0]), tl.int32)
+            at_y = _clamped(top - 1 + j, height) * step_y
+            for i in tl.static_range(4):
+                at_x = _clamped(left - 1 + i, width) * step_x
+                line += _sample(samples, at_x, at_y) * _cubic(share_x, i)[None, :]
+            total_ += line * _cubic(share_y, j)[:, None]
+        value = tl.minimum(tl.maximum((total_ + (1 << 21)) >> 22, 0), 255)
     else:
         cells = way == LINEAR_CELLS
         left, share_x = _between(x, scale_x, inverse_x, cells)
@@ -142,6 +155,28 @@ def _between(position, scale, inverse, cells):
         share = centre - start
         first = start.to(tl.int32)
     return first, share
+
+
+@triton.jit
+def _cubic(share, which: tl.constexpr):
+    """In 1/2048, the weight of one of four samples around a position `share` beyond the second: Keys' cubic
+    convolution with a = −0.75, in OpenCV's order of operations.
+    """
+    a = -0.75
+    far = share + 1.0
+    near = 1.0 - share
+    first = ((a * far - 5.0 * a) * far + 8.0 * a) * far - 4.0 * a
+    second = ((a + 2.0) * share - (a + 3.0)) * share * share + 1.0
+    third = ((a + 2.0) * near - (a + 3.0)) * near * near + 1.0
+    if which == 0:
+        weight = first
+    elif which == 1:
+        weight = second
+    elif which == 2:
+        weight = third
+    else:
+        weight = 1.0 - first - second - third
+    return _fixed(weight)
 
 
 @triton.jit
