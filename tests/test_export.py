@@ -27,12 +27,14 @@ from tracker.deploy.export import (
     generated_frames,
 )
 from tracker.deploy.graph import Lowering, to_onnx
+from tracker.deploy.onnx_weights import fairmot_of_onnx
 from tracker.engine import describe, open_engine
-from tracker.errors import ConfigError, EngineError, SinkError, SourceError
+from tracker.errors import CheckpointError, ConfigError, EngineError, SinkError, SourceError
 from tracker.frontends.fairmot import Fairmot, FairmotConfig, peak_scores
 from tracker.frontends.preprocess import Preprocessor
 from tracker.models.checkpoint import save_fairmot
 from tracker.models.fairmot import FairMOT, FairMOTConfig, random_fairmot
+from tracker.models.folded import folded
 from tracker.runtimes.onnx import OnnxRuntime
 from tracker.types import Frame, Image
 
@@ -154,7 +156,7 @@ class TestEngine:
         path, done = exported()
         assert describe(path, frontend="fairmot") == done.manifest
         assert describe(path, frontend="fairmot", names=("walker",)).names == ("walker",)
-        with pytest.raises(ConfigError, match="--layout and --legacy are for yolox"):
+        with pytest.raises(ConfigError, match="for fairmot it has but one: leave it out"):
             describe(path, frontend="fairmot", layout="decoded")
 
     def test_pixels_are_means_of_what_they_cover(self, exported: Exported) -> None:
@@ -213,6 +215,57 @@ class TestGraph:
             to_onnx(
                 Foreign().eval(), torch.zeros(1, 3, 8, 8), Lowering(), input_name="images", open_batch=False
             )
+
+
+class TestWeights:
+    """An ONNX file is a checkpoint too, where no other is left."""
+
+    @pytest.mark.parametrize("form", ["DeformConv", "depthwise"])
+    @pytest.mark.parametrize("heads", ["peaks", "raw"])
+    def test_are_the_networks_own_folded(
+        self, model: FairMOT, exported: Exported, form: str, heads: str
+    ) -> None:
+        again = fairmot_of_onnx(exported(form, heads)[0])
+        assert again.config == model.config
+        expected = folded(model).state_dict()
+        assert again.state_dict().keys() == expected.keys()
+        for name, weight in again.state_dict().items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-6, atol=1e-7)
+
+    @pytest.mark.parametrize(
+        "about",
+        [
+            {"width": 0.3, "levels": (2, 3, 1, 2, 3, 1), "deformable": False, "stem_stride": 2},
+            {"width": 1.3, "max_channels": 40, "classes": 3, "box": 2},
+        ],
+        ids=str,
+    )
+    def test_say_what_network_it_is(self, tmp_path: Path, about: dict[str, Any]) -> None:
+        config = FairMOTConfig(**{"head_channels": 8, "embedding": 8, **about})
+        example, options = torch.zeros(1, 3, 32, 32), {"input_name": "images", "open_batch": True}
+        onnx.save(to_onnx(random_fairmot(config), example, Lowering(), **options), tmp_path / "a.onnx")
+        found = fairmot_of_onnx(tmp_path / "a.onnx").config
+        assert found.channels == config.channels
+        for key in ("classes", "embedding", "box", "levels", "stem_stride", "head_channels", "deformable"):
+            assert getattr(found, key) == getattr(config, key)
+
+    def test_of_the_shipped_model(self) -> None:
+        config = fairmot_of_onnx(ROOT / "engines" / "fairmot_demo.onnx").config
+        assert (config.classes, config.channels) == (2, (8, 16, 32, 64, 96, 96))
+
+    def test_of_other_files_are_refused(self, tmp_path: Path, exported: Exported) -> None:
+        with pytest.raises(CheckpointError, match="was lowered or quantised"):
+            fairmot_of_onnx(exported("GridSample")[0])
+        other = onnx.load(exported()[0])
+        del other.graph.initializer[:]
+        onnx.save(other, tmp_path / "other.onnx")
+        with pytest.raises(CheckpointError, match="holds no FairMOT in fp32 as tools"):
+            fairmot_of_onnx(tmp_path / "other.onnx")
+        (tmp_path / "cut.onnx").write_bytes(exported()[0].read_bytes()[:5000])
+        with pytest.raises(CheckpointError, match="is no ONNX file or is cut short"):
+            fairmot_of_onnx(tmp_path / "cut.onnx")
+        with pytest.raises(CheckpointError, match="cannot read"):
+            fairmot_of_onnx(tmp_path / "missing.onnx")
 
 
 @pytest.fixture(scope="module")
@@ -352,6 +405,23 @@ class TestTool:
         (tmp_path / "model.json").write_text(json.dumps(about))
         command = ["fairmot", "--weights", str(tmp_path / "a.pth"), "--network", str(tmp_path / "model.json")]
         assert tool([*command, "--out", str(tmp_path / "a.onnx"), "--size", "64x96", "--lower-deform"]) == 0
+
+    def test_from_a_file_of_its_own_at_another_batch(
+        self, tmp_path: Path, exported: Exported, tool: Callable[[Sequence[str]], int], capsys: Any
+    ) -> None:
+        source, done = exported()
+        out = tmp_path / "again.onnx"
+        command = ["fairmot", "--weights", str(source), "--out", str(out), "--batch", "dynamic"]
+        assert tool(command) == 0
+        manifest = manifests.read(manifests.beside(out))
+        assert (manifest.input, manifest.names) == (done.manifest.input, done.manifest.names)
+        images = torch.rand(2, 3, 64, 96)
+        for role, answer in answers(out, images).items():
+            torch.testing.assert_close(answer[:1], answers(source, images[:1])[role], rtol=1e-4, atol=1e-4)
+        network = tmp_path / "network.json"
+        network.write_text("{}")
+        assert tool([*command, "--network", str(network)]) == 1
+        assert "says itself what network it is: leave out --network" in capsys.readouterr().err
 
     def test_errors_are_one_line(
         self, tmp_path: Path, tool: Callable[[Sequence[str]], int], capsys: Any

@@ -6,8 +6,6 @@ import contextlib
 import io
 import json
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -337,30 +335,3 @@ def test_what_cannot_be_compiled_runs_as_it_is(affine: Path, monkeypatch: pytest
     runtime = TorchExportRuntime(affine, device="cpu", trusted=True, compiled=True)
     assert runtime.run({"x": torch.ones(1, 3)})["sum"].tolist() == [3]
     assert runtime.description.endswith("on cpu, not compiled: no Triton here")
-
-
-def test_a_program_with_the_fused_deformable_convolution_can_be_opened(tmp_path: Path) -> None:
-    """It holds the operator by name, so a process that has not used it yet must know it all the same."""
-    script = """
-import sys, torch
-from torch import nn
-import tracker.kernels.deform
-class Layer(nn.Module):
-    def forward(self, images):
-        offset, mask = images.new_zeros(1, 18, 8, 8), images.new_zeros(1, 9, 8, 8)
-        weight = images.new_zeros(9, 16, 16)
-        return {'y': torch.ops.tracker.deform_conv2d(images, offset, mask, weight)}
-torch.export.save(torch.export.export(Layer(), (torch.zeros(1, 16, 8, 8),)), sys.argv[1])
-"""
-    path = tmp_path / "layer.pt2"
-    subprocess.run([sys.executable, "-c", script, str(path)], check=True)
-    opened = """
-import sys
-from pathlib import Path
-from tracker.runtimes.torch_export import TorchExportRuntime
-print(*TorchExportRuntime(Path(sys.argv[1]), device="cpu", trusted=True).outputs.values())
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", opened, str(path)], capture_output=True, text=True, check=False
-    )
-    assert done.stdout.strip() == "(1, 16, 8, 8)", done.stderr

@@ -5,6 +5,7 @@ bench.py association
 bench.py association --official-fairmot ../FairMOT --official-bytetrack ../ByteTrack --json association.json
 bench.py pipeline video.mp4 --engine yolox_nano.onnx
 bench.py engine fairmot_fp32.engine fairmot_fp16.engine --batch 1,4,8 --json engine.json
+bench.py engine fairmot.engine --peers
 
 Association runs on one thread. The official trackers run from your own clones of ifzhang/FairMOT and
 ifzhang/ByteTrack (they need cython-bbox); they must answer what ours answers with --compat, else the exit
@@ -18,18 +19,23 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING, Any
 
 if sys.argv[1:2] == ["association"]:  # the others run as users run them
     # Before anything loads NumPy: the libraries beneath it ask once.
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 
 from tracker import benchmark, contenders, engine_times, overhead
+from tracker import manifest as manifests
 from tracker.errors import ConfigError, SinkError, TrackerError
 from tracker.session import options_from
+
+if TYPE_CHECKING:
+    from tracker.deploy.peers import Peer
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("TRACKER_DATA", ROOT.parent / "shared" / "data"))
@@ -107,6 +113,18 @@ def parser() -> argparse.ArgumentParser:
         default=100,
         metavar="K",
         help="runs in each of five rounds, of which the median counts (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--peers",
+        action="store_true",
+        help="run the first engine's network in torch beside it: eager, as a CUDA graph, compiled",
+    )
+    engine.add_argument(
+        "--peer-weights",
+        type=Path,
+        metavar="FILE",
+        help="the peers' network, a checkpoint or .onnx (default: the .onnx that the engine was made from, "
+        "if it lies beside it, else FairMOT's DLA-34 with random weights)",
     )
     engine.add_argument("--json", type=Path, metavar="OUT", help="write all figures there as well")
     return parser
@@ -211,29 +229,47 @@ def official(options: argparse.Namespace, ours: float) -> None:
 
 
 def engine(options: argparse.Namespace) -> int:
-    """Engines one after another."""
+    """Engines one after another, then the first one's network in torch."""
+    if options.peer_weights and not options.peers:
+        raise ConfigError("--peer-weights is for the peers: add --peers")
+    shared = {"batches": options.batch, "device": options.device, "repeats": options.repeat}
+    beside = peers_of(options, shared) if options.peers else lambda rows: []
     rows = [
         row
         for path in options.engines
-        for row in engine_times.measure(
-            path,
-            batches=options.batch,
-            device=options.device,
-            source_size=options.source_size,
-            repeats=options.repeat,
-        )
+        for row in engine_times.measure(path, source_size=options.source_size, **shared)
     ]
     print(engine_times.table(rows))
     width, height = options.source_size
     print(
         f"{width}×{height} frames; ms per batch, the median of {engine_times.ROUNDS} × {options.repeat} runs"
     )
+    peers = beside(rows)
     print(where())
     if options.json:
-        write_json(
-            options.json, {"environment": benchmark.environment(), "rows": [asdict(row) for row in rows]}
-        )
+        about = {"environment": benchmark.environment(), "where": where()}
+        found = {"rows": [asdict(row) for row in rows], "peers": [asdict(peer) for peer in peers]}
+        write_json(options.json, about | found)
     return 0
+
+
+def peers_of(
+    options: argparse.Namespace, shared: dict[str, Any]
+) -> Callable[[list[engine_times.Times]], list[Peer]]:
+    """What measures and prints the peers, once the engines have been; their network is loaded here."""
+    from tracker.deploy import peers  # needs onnx, which nothing else here does
+
+    first = options.engines[0]
+    network, words = peers.network_of(first, options.peer_weights)
+    size = manifests.read(manifests.beside(first)).input.size
+
+    def measure(rows: list[engine_times.Times]) -> list[Peer]:
+        found = peers.measure(network, rows, size=size, **shared)
+        print(f"\n{peers.table(rows, found)}")
+        print(f"peers: {words}, {size[0]}×{size[1]}; in brackets how many times the fastest engine's time")
+        return found
+
+    return measure
 
 
 def where() -> str:

@@ -1,8 +1,14 @@
 #!/usr/bin/env python3
-"""Write a network as an ONNX file that has been checked against torch, and its manifest beside it.
+"""Write a network as a file that has been checked against torch, and its manifest beside it.
 
 export.py fairmot --weights fairmot_dla34.pth --out engines/fairmot.onnx
 export.py fairmot --weights fairmot_dla34.pth --out engines/fairmot.onnx --size 480x864 --verify video.mp4
+export.py fairmot --weights fairmot_dla34.pth --out engines/fairmot.pt2 --batch dynamic
+export.py fairmot --weights engines/fairmot.onnx --out engines/fairmot.pt2 --batch 8 --compiled
+export.py rtmdet-m --weights rtmdet_m_8xb32-300e_coco.pth --out engines/rtmdet_m.onnx --batch dynamic
+
+An .onnx file is for ONNX Runtime and for tools/build.py. A .pt2 file is for GPUs without TensorRT: a program
+that opens anywhere, or with --compiled one for the GPU of this machine, which needs no compiler later.
 """
 
 from __future__ import annotations
@@ -13,18 +19,32 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tracker import manifest as manifests
 from tracker.errors import ConfigError, TrackerError
+from tracker.manifest import Manifest
+
+if TYPE_CHECKING:
+    from tracker.models.fairmot import FairMOT
+
+OFFICIAL_SIZE = (1088, 608)
+_OF_PROGRAMS = ("precision", "compiled", "autotune")  # options
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("model", choices=("fairmot",))
+    parser.add_argument(
+        "model",
+        metavar="NETWORK",
+        help="fairmot, or a detector such as yolox-s: docs/frontends.md lists them",
+    )
     weights = parser.add_mutually_exclusive_group(required=True)
-    weights.add_argument("--weights", type=Path, metavar="CKPT", help=".pth or .safetensors")
+    weights.add_argument(
+        "--weights", type=Path, metavar="CKPT", help=".pth, .safetensors, or an .onnx of this tool"
+    )
     weights.add_argument("--random", action="store_true", help="random weights, to measure speed without any")
     parser.add_argument(
         "--network",
@@ -32,11 +52,29 @@ def parser() -> argparse.ArgumentParser:
         metavar="JSON",
         help="fields of FairMOTConfig, for a checkpoint of another network that does not say so itself",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="X.onnx")
-    parser.add_argument("--size", type=_size, default=(1088, 608), metavar="HxW", help="default: 608x1088")
+    parser.add_argument("--out", type=Path, required=True, metavar="X.onnx|X.pt2")
+    parser.add_argument(
+        "--size",
+        type=_size,
+        metavar="HxW",
+        help="default: that of the .onnx, or what the network is made for",
+    )
     parser.add_argument("--batch", type=_batch, default=1, metavar="N|dynamic", help="default: 1")
-    parser.add_argument("--names", default="person", metavar="A,B", help="of the classes (default: person)")
-    parser.add_argument("--raw", action="store_true", help="leave sigmoid and peak test to the front end")
+    parser.add_argument(
+        "--names", metavar="A,B", help="of the classes (default: person, or those of the .onnx)"
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help="leave sigmoid and peak test to the front end (.pt2 files do)"
+    )
+    parser.add_argument("--precision", choices=("fp32", "fp16"), help="of a .pt2 file (default: fp16)")
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="a .pt2 file compiled by AOTInductor for the GPU of this machine",
+    )
+    parser.add_argument(
+        "--autotune", action="store_true", help="with --compiled: try more kernels, for minutes"
+    )
     parser.add_argument(
         "--lower-deform",
         action="store_true",
@@ -81,7 +119,10 @@ def _network(path: Path | None) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
-        _export(options)
+        if options.model == "fairmot":
+            _export(options)
+        else:
+            _export_detector(options)
     except TrackerError as error:
         print(f"export: {error}", file=sys.stderr)
         return 1
@@ -91,26 +132,85 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(options: argparse.Namespace) -> None:
     from tracker.deploy.export import ExportConfig, export_fairmot, frames_of, generated_frames
     from tracker.deploy.graph import Lowering
-    from tracker.models.checkpoint import load_fairmot
-    from tracker.models.fairmot import random_fairmot
+    from tracker.deploy.program import ProgramConfig, export_program
 
-    config = ExportConfig(
-        size=options.size,
-        batch=options.batch,
-        heads="raw" if options.raw else "peaks",
-        names=tuple(options.names.split(",")),
-        lowering=Lowering(
+    compiling = [f"--{name}" for name in _OF_PROGRAMS if getattr(options, name)]
+    writing = [f"--{name.replace('_', '-')}" for name in ("raw", "lower_deform") if getattr(options, name)]
+    program = options.out.suffix == ".pt2"
+    for name in writing if program else compiling:
+        raise ConfigError(f"{name} is not for {options.out.suffix or 'such'} files: leave it out")
+    model, source = _network_of(options)
+    size = options.size or (source.input.size if source else OFFICIAL_SIZE)
+    names = tuple(options.names.split(",")) if options.names else source.names if source else ("person",)
+    shape = {"size": size, "batch": options.batch, "names": names}
+    frames = frames_of(options.verify) if options.verify else generated_frames(size)
+    if program:
+        settings = ProgramConfig(
+            **shape,
+            precision=options.precision or "fp16",
+            compiled=options.compiled,
+            autotune=options.autotune,
+            dense_upsampling=not options.depthwise_upsampling,
+        )
+        done = export_program(
+            model, options.out, settings, frames, onnx_sha256=source.onnx_sha256 if source else None
+        )
+    else:
+        lowering = Lowering(
             deform="GridSample" if options.lower_deform else "DeformConv",
             dense_upsampling=not options.depthwise_upsampling,
-        ),
-    )
-    network = _network(options.network)
-    model = random_fairmot(network) if options.random else load_fairmot(options.weights, network)
-    frames = frames_of(options.verify) if options.verify else generated_frames(config.size)
-    done = export_fairmot(model, options.out, config, frames)
+        )
+        config = ExportConfig(**shape, heads="raw" if options.raw else "peaks", lowering=lowering)
+        done = export_fairmot(model, options.out, config, frames)
+    print(f"{options.out}: {done.bytes / 1e6:.1f} MB, written in {done.write_seconds:.1f} s")
+    print(f"checked against torch in {done.verify_seconds:.1f} s; "
+          f"{'relative' if program else 'greatest'} differences: "
+          + ", ".join(f"{role} {error:.1e}" for role, error in done.errors.items()))  # fmt: skip
+
+
+def _export_detector(options: argparse.Namespace) -> None:
+    from tracker.deploy.detectors import DetectorExport, export_detector
+    from tracker.deploy.export import frames_of, generated_frames
+    from tracker.models.zoo import load_detector, network_of, random_detector
+
+    network, _ = network_of(options.model)
+    for name in ("network", "raw", "lower_deform", "depthwise_upsampling", *_OF_PROGRAMS):
+        if getattr(options, name):
+            raise ConfigError(f"--{name.replace('_', '-')} is for fairmot: leave it out")
+    if options.out.suffix != ".onnx":
+        raise ConfigError(f"{options.out} is no .onnx file; {options.model} can be written as one only")
+    size = options.size or network.size
+    names = tuple(options.names.split(",")) if options.names else None
+    config = DetectorExport(name=options.model, size=size, batch=options.batch, names=names)
+    if options.random:
+        model = random_detector(options.model, size)
+    else:
+        model = load_detector(options.model, options.weights, size)
+    frames = frames_of(options.verify) if options.verify else generated_frames(size)
+    done = export_detector(model, options.out, config, frames)
     print(f"{options.out}: {done.bytes / 1e6:.1f} MB, written in {done.write_seconds:.1f} s")
     print(f"checked against torch in {done.verify_seconds:.1f} s; greatest differences: "
           + ", ".join(f"{role} {error:.1e}" for role, error in done.errors.items()))  # fmt: skip
+
+
+def _network_of(options: argparse.Namespace) -> tuple[FairMOT, Manifest | None]:
+    """The network, and the manifest of the ONNX file its weights come from, where they do."""
+    from tracker.deploy.onnx_weights import fairmot_of_onnx
+    from tracker.models.checkpoint import load_fairmot
+    from tracker.models.fairmot import random_fairmot
+
+    network = _network(options.network)
+    if options.random:
+        return random_fairmot(network), None
+    if options.weights.suffix != ".onnx":
+        return load_fairmot(options.weights, network), None
+    if network is not None:
+        raise ConfigError(f"{options.weights} says itself what network it is: leave out --network")
+    beside = manifests.beside(options.weights)
+    source = manifests.read(beside) if beside.exists() else None
+    if source is not None:
+        source.verify(options.weights)
+    return fairmot_of_onnx(options.weights), source
 
 
 if __name__ == "__main__":

@@ -28,13 +28,15 @@ ROUNDS = 5  # of `repeats` runs each; the table has the median of the rounds
 class Times:
     """One engine at one batch size.
 
-    stages: ms per batch of preprocess, inference, postprocess and all of them as one. lanes_fps: frames per
-    second with all lanes at work, host included. memory_mib: of the device, that opening and running took.
+    stages: ms per batch of preprocess, inference, postprocess and all of them as one. latency_ms: from frames
+    to detections, host included, one batch at a time. lanes_fps: frames per second with all lanes at work,
+    host included. memory_mib: of the device, that opening and running took.
     """
 
     engine: str
     batch: int
     stages: dict[str, float]
+    latency_ms: float
     lanes_fps: float
     memory_mib: float | None
 
@@ -46,7 +48,7 @@ def measure(
 
     Batches larger than the engine takes are left out. Raises EngineError as opening and running do.
     """
-    free = _free(device)
+    free = free_memory(device)
     detector, _ = open_engine(engine, device=device)
     try:
         found = []
@@ -60,13 +62,17 @@ def measure(
             lane = detector.lane()
             with torch.inference_mode():
                 stages = lane.stages(frames)
-                clock = _device_clock if isinstance(lane, DeviceLane) else _host_clock
+                clock = device_clock if isinstance(lane, DeviceLane) else host_clock
                 times = {name: clock(work, repeats, detector.device) for name, work in stages.items()}
-            fps = _fps(run, batch, detector.lanes, repeats)
-            after = _free(device)
-            memory = None if free is None or after is None else (free - after) / 2**20
             found.append(
-                Times(engine=engine.name, batch=batch, stages=times, lanes_fps=fps, memory_mib=memory)
+                Times(
+                    engine=engine.name,
+                    batch=batch,
+                    stages=times,
+                    latency_ms=host_clock(run, repeats, detector.device),
+                    lanes_fps=_fps(run, batch, detector.lanes, repeats),
+                    memory_mib=taken_since(free, device),
+                )
             )
         return found
     finally:
@@ -76,7 +82,7 @@ def measure(
 def table(rows: Sequence[Times]) -> str:
     """A line per engine and batch."""
     lines = [
-        f"{'engine':32} batch  preprocess  inference  postprocess  all ms  ms/frame  fps, all lanes"
+        f"{'engine':32} batch  preprocess  inference  postprocess  all ms  ms/frame  latency  fps, all lanes"
         "  memory MiB"
     ]
     for row in rows:
@@ -85,7 +91,7 @@ def table(rows: Sequence[Times]) -> str:
         lines.append(
             f"{row.engine:32} {row.batch:5}  {ms['preprocess']:10.3f}  {ms['inference']:9.3f}"
             f"  {ms['postprocess']:11.3f}  {ms['all']:6.3f}  {ms['all'] / row.batch:8.3f}"
-            f"  {row.lanes_fps:14.0f}  {memory:>10}"
+            f"  {row.latency_ms:7.3f}  {row.lanes_fps:14.0f}  {memory:>10}"
         )
     return "\n".join(lines)
 
@@ -103,7 +109,8 @@ def _frame(size: tuple[int, int], place: torch.device) -> Frame:
     return Frame(index=0, pts_seconds=0.0, size=size, image=image)
 
 
-def _host_clock(work: Callable[[], object], repeats: int, device: torch.device) -> float:
+def host_clock(work: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """ms of one run by the host's clock; runs one after another, each of which waits for its answer."""
     rounds = []
     for _ in range(ROUNDS):
         begun = perf_counter()
@@ -113,15 +120,28 @@ def _host_clock(work: Callable[[], object], repeats: int, device: torch.device) 
     return 1000 * median(rounds)
 
 
-def _device_clock(work: Callable[[], object], repeats: int, device: torch.device) -> float:
+def device_clock(
+    work: Callable[[], object], repeats: int, device: torch.device, *, captured: bool = True
+) -> float:
+    """ms of one run by the GPU's clock; runs back to back, each the replay of one CUDA graph.
+
+    captured: False launches each run anew; so it is, too, with what cannot be captured.
+    """
     graph = Graphs(lambda _: work(), device)
-    graph(1)
+
+    def run() -> None:
+        if captured:
+            graph(1)
+        else:
+            work()
+
+    run()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     rounds = []
     for _ in range(ROUNDS):
         start.record()
         for _ in range(repeats):
-            graph(1)
+            run()
         end.record()
         end.synchronize()
         rounds.append(float(start.elapsed_time(end)) / repeats)
@@ -144,8 +164,14 @@ def _fps(run: Callable[[], object], batch: int, lanes: int, repeats: int) -> flo
     return len(threads) * repeats * batch / (perf_counter() - begun)
 
 
-def _free(device: str) -> int | None:
+def free_memory(device: str) -> int | None:
     """Bytes free on the GPU; None where the engine will not run on one."""
     if device == "cpu" or not torch.cuda.is_available():
         return None
     return torch.cuda.mem_get_info()[0]
+
+
+def taken_since(free: int | None, device: str) -> float | None:
+    """MiB of the GPU's memory that have gone since so many bytes were free."""
+    now = free_memory(device)
+    return None if free is None or now is None else (free - now) / 2**20

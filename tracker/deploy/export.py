@@ -52,17 +52,31 @@ class ExportConfig:
     lowering: Lowering = field(default_factory=Lowering)
 
     def __post_init__(self) -> None:
-        if any(side < MULTIPLE or side % MULTIPLE for side in self.size):
-            raise ConfigError(
-                f"size is {self.size[0]}×{self.size[1]}; both sides must be multiples of {MULTIPLE}"
-            )
-        if self.batch is not None and self.batch < 1:
-            raise ConfigError(f"batch is {self.batch}; it must be at least 1, or dynamic")
+        check_shape(self.size, self.batch)
+
+
+def check_shape(size: tuple[int, int], batch: int | None) -> None:
+    """Raise ConfigError for an input that FairMOT does not take. batch: None leaves it open."""
+    if any(side < MULTIPLE or side % MULTIPLE for side in size):
+        raise ConfigError(f"size is {size[0]}×{size[1]}; both sides must be multiples of {MULTIPLE}")
+    if batch is not None and batch < 1:
+        raise ConfigError(f"batch is {batch}; it must be at least 1, or dynamic")
+
+
+def check_names(names: Sequence[str], model: FairMOT) -> None:
+    """Raise ConfigError unless they are as many as the model's classes."""
+    if len(names) != model.config.classes:
+        raise ConfigError(
+            f"the network has {model.config.classes} classes, {len(names)} are named "
+            f"({', '.join(names)}): name each with --names"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
-    """What came of it. errors: by output, greatest difference between ONNX Runtime and torch, absolute."""
+    """What came of it. errors: by output, what the file's answers differ by from those of the network in
+    torch and FP32: absolute and greatest for an ONNX file, relative and over all for a program.
+    """
 
     manifest: Manifest
     errors: dict[str, float]
@@ -92,24 +106,20 @@ def export_fairmot(model: FairMOT, out: Path, config: ExportConfig, frames: Sequ
     Raises ConfigError where the names do not fit the model, EngineError where ONNX Runtime does not answer
     as torch does, SinkError where nothing can be written. Then no file is left and an old one stays.
     """
-    if len(config.names) != model.config.classes:
-        raise ConfigError(
-            f"the network has {model.config.classes} classes, {len(config.names)} are named "
-            f"({', '.join(config.names)}): name each with --names"
-        )
+    check_names(config.names, model)
     model = model.eval()
     begun = perf_counter()
     width, height = config.size
     example = torch.zeros(config.batch or 2, 3, height, width)
     network = _Peaks(model) if config.heads == "peaks" else model
     graph = to_onnx(network, example, config.lowering, input_name="images", open_batch=config.batch is None)
-    with _unfinished(out) as file:
+    with unfinished(out) as file:
         onnx.save(graph, file)
         written = perf_counter()
         runtime = OnnxRuntime(file, device="cpu", lanes=1)
         manifest = Fairmot.describe(runtime, onnx_sha256=manifests.sha256(file), names=config.names)
         Fairmot(runtime, manifest).close()
-        images = _images(manifest, len(example), frames)
+        images = inputs_of(manifest, len(example), frames)
         errors = compare(model(images), runtime.run({manifest.input.name: images}))
         verified = perf_counter()
         size = file.stat().st_size
@@ -160,8 +170,11 @@ def generated_frames(size: tuple[int, int], count: int = 4) -> list[Frame]:
     return [Frame(index=k, pts_seconds=0.0, size=size, image=image) for k, image in enumerate(images)]
 
 
-def _images(manifest: Manifest, batch: int, frames: Sequence[Frame]) -> Tensor:
-    """(batch, 3, H, W) as the front end would feed them, repeated where there are fewer frames."""
+def inputs_of(manifest: Manifest, batch: int, frames: Sequence[Frame]) -> Tensor:
+    """(batch, 3, H, W) as the front end would feed them, repeated where there are fewer frames.
+
+    Raises ConfigError without any.
+    """
     if not frames:
         raise ConfigError("no frame to check the export with: name another video with --verify")
     images, _ = Preprocessor(manifest.input, batch)(list(islice(cycle(frames), batch)))
@@ -169,7 +182,7 @@ def _images(manifest: Manifest, batch: int, frames: Sequence[Frame]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _unfinished(path: Path) -> Iterator[Path]:
+def unfinished(path: Path) -> Iterator[Path]:
     """A file to write, in the same directory; becomes `path` at the end, or nothing if that is not reached.
 
     Raises SinkError where the directory cannot be made or written to.

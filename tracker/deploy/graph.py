@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
 
+from tracker.deploy import detector_layers
 from tracker.models.deform import TAPS, DeformConv, sampling_grid
 
 OPSET = 19  # the first with DeformConv
@@ -56,15 +57,15 @@ def to_onnx(
     """
     traced = fx.GraphModule(module, _Tracer().trace(module))
     ShapeProp(traced, FakeTensorMode()).propagate(example)
-    return _Writer(traced, lowering, input_name, "batch" if open_batch else len(example)).write()
+    return Writer(traced, lowering, input_name, "batch" if open_batch else len(example)).write()
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, DeformConv) or super().is_leaf_module(m, module_qualified_name)
+        return type(m) in _LAYERS or super().is_leaf_module(m, module_qualified_name)
 
 
-class _Writer:
+class Writer:
     """Walks a traced graph and collects nodes and weights."""
 
     def __init__(self, traced: fx.GraphModule, lowering: Lowering, input_name: str, batch: int | str) -> None:
@@ -75,6 +76,7 @@ class _Writer:
         self._nodes: list[onnx.NodeProto] = []
         self._weights: dict[str, onnx.TensorProto] = {}
         self._tensors: dict[fx.Node, str] = {}  # what each traced value is called
+        self._names: dict[fx.Node, str] = {}  # of layers
 
     def write(self) -> onnx.ModelProto:
         inputs, outputs = [], []
@@ -93,6 +95,29 @@ class _Writer:
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="tracker")
         onnx.checker.check_model(model, full_check=True)
         return model
+
+    def name_of(self, node: fx.Node) -> str:
+        """The layer's; numbered where a layer is used again, since what is folded into it may differ."""
+        if node not in self._names:
+            uses = sum(other.target == node.target for other in self._names)
+            self._names[node] = f"{node.target}.{uses}" if uses else str(node.target)
+        return self._names[node]
+
+    def tensor(self, value: Any) -> str:
+        """What a traced value is called."""
+        return self._tensors[value]
+
+    def convolution(
+        self,
+        name: str,
+        source: str,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm: nn.BatchNorm2d | None,
+        like: nn.Conv2d,
+    ) -> str:
+        """Append a convolution, with `norm` folded into it and the strides, padding and groups of `like`."""
+        return _add_conv(self, name, source, *_folded(weight, bias, norm), like)
 
     def add(self, kind: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
         """Append a node of one output, both called `name`."""
@@ -126,7 +151,7 @@ class _Writer:
         layer = self._traced.get_submodule(str(users[0].target)) if users[0].op == "call_module" else None
         if len(users) != 1 or not isinstance(layer, nn.BatchNorm2d):
             return None
-        self._tensors[users[0]] = str(node.target)
+        self._tensors[users[0]] = self.name_of(node)
         return layer
 
     def _translate(self, node: fx.Node) -> str:
@@ -135,6 +160,9 @@ class _Writer:
             layer = self._traced.get_submodule(str(node.target))
             if type(layer) in _LAYERS:
                 return _LAYERS[type(layer)](self, node, layer, inputs)
+        if node.op == "get_attr":
+            module, _, name = str(node.target).rpartition(".")
+            return self.constant(str(node.target), _array(getattr(self._traced.get_submodule(module), name)))
         if node.op == "call_function" and node.target in _FUNCTIONS:
             return _FUNCTIONS[node.target](self, node, inputs)
         raise NotImplementedError(f"nothing is known of how to write {node.format_node()}")
@@ -166,7 +194,7 @@ def _folded(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d | None) ->
     return _array(weight.float()), _array((bias.double() * scale + shift).float())
 
 
-def _add_conv(writer: _Writer, name: str, source: str, weight: Array, bias: Array, like: nn.Conv2d) -> str:
+def _add_conv(writer: Writer, name: str, source: str, weight: Array, bias: Array, like: nn.Conv2d) -> str:
     tensors = [source, writer.constant(f"{name}.weight", weight), writer.constant(f"{name}.bias", bias)]
     return writer.add(
         "Conv", tensors, name, **_window(like, weight), dilations=like.dilation, group=like.groups
@@ -178,12 +206,12 @@ def _window(layer: nn.Conv2d | nn.ConvTranspose2d, weight: Array) -> dict[str, A
     return {"kernel_shape": weight.shape[2:], "strides": layer.stride, "pads": (*padding, *padding)}
 
 
-def _conv(writer: _Writer, node: fx.Node, layer: nn.Conv2d, inputs: list[str]) -> str:
-    weight, bias = _folded(layer.weight, layer.bias, writer.following_normalisation(node))
-    return _add_conv(writer, str(node.target), inputs[0], weight, bias, layer)
+def _conv(writer: Writer, node: fx.Node, layer: nn.Conv2d, inputs: list[str]) -> str:
+    norm = writer.following_normalisation(node)
+    return writer.convolution(writer.name_of(node), inputs[0], layer.weight, layer.bias, norm, layer)
 
 
-def _conv_transpose(writer: _Writer, node: fx.Node, layer: nn.ConvTranspose2d, inputs: list[str]) -> str:
+def _conv_transpose(writer: Writer, node: fx.Node, layer: nn.ConvTranspose2d, inputs: list[str]) -> str:
     name, weight, groups = str(node.target), _array(layer.weight), layer.groups
     assert layer.bias is None and weight.shape[:2] == (groups, 1), "each channel by itself, no bias"
     if writer.lowering.dense_upsampling:
@@ -194,7 +222,7 @@ def _conv_transpose(writer: _Writer, node: fx.Node, layer: nn.ConvTranspose2d, i
     return writer.add("ConvTranspose", tensors, name, **_window(layer, weight), group=groups)
 
 
-def _deform_conv(writer: _Writer, node: fx.Node, layer: DeformConv, inputs: list[str]) -> str:
+def _deform_conv(writer: Writer, node: fx.Node, layer: DeformConv, inputs: list[str]) -> str:
     name, shifts, (source,) = str(node.target), layer.conv_offset_mask, inputs
     weight, bias = _folded(layer.weight, layer.bias, writer.following_normalisation(node))
     shift_weight, shift_bias = _folded(shifts.weight, shifts.bias, None)
@@ -223,7 +251,7 @@ def _in_grid_units(weight: Array, bias: Array, height: int, width: int) -> tuple
 
 
 def _sampled_columns(
-    writer: _Writer,
+    writer: Writer,
     name: str,
     source: str,
     weight: Array,
@@ -251,19 +279,19 @@ def _sampled_columns(
     return writer.reshape(samples, f"{name}.columns", -1, height, width)
 
 
-def _max_pool(writer: _Writer, name: str, inputs: list[str], *, size: Any, stride: Any, padding: Any) -> str:
+def _max_pool(writer: Writer, name: str, inputs: list[str], *, size: Any, stride: Any, padding: Any) -> str:
     window = {"kernel_shape": [size] * 2, "strides": [stride] * 2, "pads": [padding] * 4}
     return writer.add("MaxPool", inputs, name, **window)
 
 
-def _choice(writer: _Writer, node: fx.Node, inputs: list[str]) -> str:
+def _choice(writer: Writer, node: fx.Node, inputs: list[str]) -> str:
     """torch.where(condition, number, tensor)."""
     number = cast(float, node.args[1])
     constant = writer.constant(f"number.{number}", number)
     return writer.add("Where", [inputs[0], constant, inputs[1]], node.name)
 
 
-_LAYERS: dict[type[nn.Module], Callable[[_Writer, fx.Node, Any, list[str]], str]] = {
+_LAYERS: dict[type[nn.Module], Callable[[Writer, fx.Node, Any, list[str]], str]] = {
     nn.Conv2d: _conv,
     nn.ConvTranspose2d: _conv_transpose,
     DeformConv: _deform_conv,
@@ -272,8 +300,9 @@ _LAYERS: dict[type[nn.Module], Callable[[_Writer, fx.Node, Any, list[str]], str]
         writer, str(node.target), inputs, size=layer.kernel_size, stride=layer.stride, padding=layer.padding
     ),
     nn.ReLU: lambda writer, node, layer, inputs: writer.add("Relu", inputs, node.name),
+    **detector_layers.LAYERS,
 }
-_FUNCTIONS: dict[Any, Callable[[_Writer, fx.Node, list[str]], str]] = {
+_FUNCTIONS: dict[Any, Callable[[Writer, fx.Node, list[str]], str]] = {
     operator.add: lambda writer, node, inputs: writer.add("Add", inputs, node.name),
     operator.gt: lambda writer, node, inputs: writer.add("Greater", inputs, node.name),
     torch.cat: lambda writer, node, inputs: writer.add("Concat", inputs, node.name, axis=node.kwargs["dim"]),
@@ -287,4 +316,5 @@ _FUNCTIONS: dict[Any, Callable[[_Writer, fx.Node, list[str]], str]] = {
         stride=node.kwargs["stride"],
         padding=node.kwargs["padding"],
     ),
+    **detector_layers.FUNCTIONS,
 }

@@ -7,6 +7,7 @@ caller says, but for `load_fairmot`.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
 import pickle
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,13 +35,16 @@ SHOWN = 3  # names of parameters in a message
 def read_checkpoint(path: Path) -> tuple[State, dict[str, Any]]:
     """The tensors by name, prefix `module.` taken off, and what the file says about its network.
 
-    Takes {'state_dict': …, 'epoch': …} or the tensors alone. What is said is the dict under 'config', as
-    `tools/train.py` writes it; safetensors keep it as JSON in their metadata. Raises CheckpointError.
+    Takes {'state_dict': …, 'epoch': …}, {'model': …} or the tensors alone, and Paddle's .pdparams. What is
+    said is the dict under 'config', as `tools/train.py` writes it; safetensors keep it as JSON in their
+    metadata. Raises CheckpointError.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is {'a directory' if path.is_dir() else 'missing'}: name a checkpoint")
     if path.suffix == ".safetensors":
         state, about = _guarded(_read_safetensors, path)
+    elif path.suffix == ".pdparams":
+        state, about = _guarded(_read_paddle, path)
     else:
         state, about = _guarded(_read_torch, path)
     named = isinstance(state, Mapping) and all(
@@ -152,7 +157,34 @@ def _read_torch(path: Path) -> tuple[Any, dict[str, Any]]:
     if not isinstance(raw, Mapping):
         return raw, {}
     about = raw.get("config", {})
-    return raw.get("state_dict", raw), about if isinstance(about, dict) else {}
+    return raw.get("state_dict", raw.get("model", raw)), about if isinstance(about, dict) else {}
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Takes what NumPy arrays are made of and refuses to look up anything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = {
+            "numpy.dtype": np.dtype,
+            "numpy.ndarray": np.ndarray,
+            "numpy.multiarray._reconstruct": np.empty(0).__reduce__()[0],
+            "_codecs.encode": codecs.encode,
+        }
+        key = re.sub(r"^numpy\._?core\.", "numpy.", f"{module}.{name}")  # moved in NumPy 2
+        if key not in known:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return known[key]
+
+
+def _read_paddle(path: Path) -> tuple[Any, dict[str, Any]]:
+    """`paddle.save` of a state dict: a pickle of arrays by name, and what Paddle calls them itself."""
+    with path.open("rb") as file:
+        raw = _ArraysOnly(file).load()
+    if not isinstance(raw, Mapping):
+        return raw, {}
+    return {
+        key: torch.from_numpy(value.copy()) for key, value in raw.items() if isinstance(value, np.ndarray)
+    }, {}
 
 
 def _read_safetensors(path: Path) -> tuple[Any, dict[str, Any]]:

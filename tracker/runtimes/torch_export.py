@@ -22,8 +22,10 @@ import io
 import json
 import logging
 import threading
+import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -164,7 +166,8 @@ class TorchLane:
                 f"batch {batch} has not run yet: enqueue it once before it is captured in a CUDA graph"
             )
         try:
-            with on(self._device):
+            # Shapes never change, so trying cuDNN's algorithms when a size first comes pays ever after.
+            with on(self._device), torch.backends.cudnn.flags(enabled=True, benchmark=True):
                 outputs = self._call(*(tensor[:rows] for tensor in self.inputs.values()))
         except Exception as error:  # torch raises of every kind here
             raise EngineError(f"the engine failed to run: {first_line(error)}") from error
@@ -202,7 +205,8 @@ class _Program:
             return self._compiled(*inputs)
         with self._compiling:
             try:
-                outputs = self._compiled(*inputs)
+                with _quiet():
+                    outputs = self._compiled(*inputs)
             except Exception as error:  # the compilers' own classes, derived from nothing narrower
                 self.problem, self._compiled = first_line(error), None
                 return self._plain(*inputs)
@@ -305,7 +309,8 @@ def _load_program(path: Path, content: bytes, device: torch.device) -> Any:
     logger, swallowed = logging.getLogger(torch.export.__name__), _Swallowed()
     logger.addFilter(swallowed)
     try:
-        program = torch.export.load(io.BytesIO(content))
+        with _quiet():
+            program = torch.export.load(io.BytesIO(content))
         if any(weight.device.type != device.type for weight in program.state_dict.values()):
             program = move_to_device_pass(program, str(device))
         return program
@@ -313,6 +318,14 @@ def _load_program(path: Path, content: bytes, device: torch.device) -> Any:
         raise _cannot_load(path, swallowed.error or error) from error
     finally:
         logger.removeFilter(swallowed)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch's loaders and compilers warn of what their own makers could change, and no user can."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class _Swallowed(logging.Filter):
