@@ -5,76 +5,19 @@ The fake decodes the very stream it is fed, so start codes, parameter sets, time
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import torch
 from clips import cut, write_clip
+from fake_nvdec import CPU, FakeLibrary
 
 from tracker.errors import ConfigError, EngineError, SourceError
 from tracker.pixels import to_bgr
 from tracker.sources import VideoFile, nvdec, open_source
 from tracker.types import Frame
-
-CPU = torch.device("cpu")
-
-
-class Surface:
-    """What the decoder gives: NV12 in memory that it will use again."""
-
-    def __init__(self, shared: torch.Tensor, pts: int) -> None:
-        self._shared, self.timestamp = shared, pts
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self._shared.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> Any:
-        return self._shared.__dlpack_device__()
-
-
-class FakeDecoder:
-    """Like NVDEC it knows nothing of containers, and has one surface, which it overwrites."""
-
-    def __init__(self, codec: str, breaks_at: int | None = None) -> None:
-        self._codec = av.CodecContext.create({"MPEG2": "mpeg2video"}.get(codec, codec.lower()), "r")
-        self._surface: torch.Tensor | None = None
-        self._left = breaks_at
-
-    def Decode(self, piece: SimpleNamespace) -> Any:  # noqa: N802 (NVIDIA's name)
-        if self._left is not None:
-            self._left -= 1
-            if self._left < 0:
-                raise RuntimeError("cuvidParseVideoData returned error 999")
-        packet = None
-        if piece.bsl:
-            packet = av.Packet(ctypes.string_at(piece.bsl_data, piece.bsl))
-            packet.pts = piece.pts
-        for picture in self._codec.decode(packet):
-            nv12 = torch.from_numpy(picture.to_ndarray(format="nv12"))
-            self._surface = nv12.clone() if self._surface is None else self._surface.copy_(nv12)
-            yield Surface(self._surface, picture.pts)
-
-
-class FakeLibrary:
-    cudaVideoCodec = SimpleNamespace(H264="H264", HEVC="HEVC", VP8="VP8", VP9="VP9", AV1="AV1", MPEG2="MPEG2")  # noqa: N815
-    PacketData = SimpleNamespace
-
-    def __init__(self, **limits: int) -> None:
-        self.caps = {"num_decoder_engines": 7, "width_min": 48, "height_min": 16, "width_max": 4096}
-        self.caps |= {"height_max": 4096, **limits}
-        self.breaks_at: int | None = None
-
-    def GetDecoderCaps(self, gpu: int, codec: str) -> dict[str, int]:  # noqa: N802
-        return self.caps
-
-    def CreateDecoder(self, *, codec: str, usedevicememory: bool, **_: Any) -> FakeDecoder:  # noqa: N802
-        assert usedevicememory
-        return FakeDecoder(codec, self.breaks_at)
 
 
 @pytest.fixture

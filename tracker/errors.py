@@ -28,6 +28,10 @@ class EngineError(TrackerError):
     """An engine that cannot be loaded, or does not fit its front end."""
 
 
+class DeviceError(EngineError):
+    """A GPU that failed in mid-work or is gone: nothing on it can be used again by this process."""
+
+
 class CheckpointError(TrackerError):
     """Weights that cannot be loaded, or that belong to another network."""
 

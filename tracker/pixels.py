@@ -78,8 +78,13 @@ def to_host(image: Image) -> Image:
         return image
     if image.ready is not None:
         image.ready.synchronize()
-    planes = tuple(np.ascontiguousarray(plane.cpu().numpy()) for plane in image.planes)
-    return replace(image, planes=planes, ready=None)
+    planes = [plane.cpu().numpy() for plane in image.planes]
+    if image.format == "nv12":
+        (whole,) = planes
+        luma, chroma = np.split(whole, [len(whole) * 2 // 3])
+        planes = [luma, chroma[:, ::2], chroma[:, 1::2]]
+        image = replace(image, format="yuv")
+    return replace(image, planes=tuple(np.ascontiguousarray(plane) for plane in planes), ready=None)
 
 
 def to_bgr(image: Image, *, out: Pixels | None = None, work: Workspace | None = None) -> Pixels:
@@ -87,9 +92,9 @@ def to_bgr(image: Image, *, out: Pixels | None = None, work: Workspace | None = 
 
     Chroma is repeated, not interpolated, as the usual decoders' converters do.
     """
+    image = to_host(image)
     height, width = image.planes[0].shape[:2]
     out = np.empty((height, width, 3), np.uint8) if out is None else out
-    image = to_host(image)
     if image.format == "bgr":
         np.copyto(out, image.planes[0])
         return out

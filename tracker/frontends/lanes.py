@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tracker.boxes import Fit
-from tracker.errors import EngineError
+from tracker.errors import DeviceError
 from tracker.frontends.preprocess import Preprocessor, fit_of
 from tracker.graphs import Graphs, first_line
 from tracker.kernels.letterbox import FrameTable, letterbox
@@ -157,7 +157,7 @@ class DeviceLane:
             self._done.synchronize()
             self.seconds["gpu"] += self._begun.elapsed_time(self._done) / 1000
         except RuntimeError as error:  # torch's and Triton's: out of memory, or a GPU that failed or is gone
-            raise EngineError(f"{self._device} failed: {first_line(error)}") from error
+            raise DeviceError(f"{self._device} failed: {first_line(error)}") from error
         self.transfers.add(waits=1, copies=1, bytes=answer.nbytes)
         return answer.numpy(), fits
 

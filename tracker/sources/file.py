@@ -6,7 +6,7 @@ for, and opens nothing but the one file it was given.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,7 +148,7 @@ class VideoFile(Reader):
 
     def _decode(
         self, stream: av.VideoStream, packet: av.Packet[Any] | None, ledger: Ledger
-    ) -> list[av.VideoFrame]:
+    ) -> Iterable[av.VideoFrame]:
         decoder = stream.codec_context
         try:
             return decoder.decode(packet)

@@ -7,10 +7,11 @@ it feeds to the decoder: its own demuxer says less about damage.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import av
 import torch
@@ -18,7 +19,7 @@ from av.bitstream import BitStreamFilterContext
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from tracker.errors import EngineError, SourceError
+from tracker.errors import EngineError, SourceError, TrackerError
 from tracker.sources.accounting import Ledger
 from tracker.sources.file import VideoFile
 from tracker.sources.limits import MAX_PIXELS
@@ -97,7 +98,9 @@ class NvdecFile(VideoFile):
     Counts as `VideoFile` does what never comes out of the decoder; NVDEC conceals damage inside a picture
     without saying so, so that such a picture is tracked and not counted as corrupt.
 
-    look: from `examine`. Raises SourceError as `VideoFile` does, and where the decoder gives up.
+    look: from `examine`. keep: makes of a surface (height · 3/2, width), which the decoder will write over, a
+    tensor that stays; on torch's current stream. Raises SourceError as `VideoFile` does, and where the
+    decoder gives up. Until entered it can be pickled, for another process to enter.
     """
 
     def __init__(
@@ -110,11 +113,40 @@ class NvdecFile(VideoFile):
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__(path, source=source, max_pixels=max_pixels, decoder="NVDEC")
-        self._look, self._device = look, device
+        self.look, self.device, self.number = look, device, source
+        self.keep: Callable[[Tensor], Tensor] = torch.clone
         self._stream: torch.cuda.Stream | None = None
         self._nvdec: Any = None
+        self._piece: Any = None
         self._annex_b: BitStreamFilterContext | None = None
         self._times: dict[int, tuple[int | None, int]] = {}  # pts → dts and duration of packets under way
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._made(self.look), ()
+
+    def unturned(self) -> Self:
+        """The same, not entered, with its surfaces as they lie."""
+        return self._made(replace(self.look, turn=Turn()))()
+
+    def _made(self, look: Look) -> Callable[[], Self]:
+        return partial(
+            type(self),
+            self._path,
+            look,
+            device=self.device,
+            source=self.number,
+            max_pixels=self._max_pixels,
+        )
+
+    def __enter__(self) -> Self:
+        if self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            return super().__enter__()
+
+    def _next(self) -> Frame | None:
+        with torch.cuda.stream(self._stream):
+            return super()._next()
 
     def _read(self) -> Generator[Frame]:
         try:
@@ -125,37 +157,38 @@ class NvdecFile(VideoFile):
 
     def _video_stream(self, container: InputContainer) -> av.VideoStream:
         stream = super()._video_stream(container)
-        nvc, (name, bitstream_filter) = _library(), _CODECS[self._look.codec]
-        if self._device.type == "cuda":
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        nvc, (name, bitstream_filter) = _library(), _CODECS[self.look.codec]
         self._nvdec = nvc.CreateDecoder(
-            gpuid=self._device.index or 0,
+            gpuid=self.device.index or 0,
             codec=getattr(nvc.cudaVideoCodec, name),
             cudastream=self._stream.cuda_stream if self._stream else 0,
             usedevicememory=True,
         )
+        self._piece = nvc.PacketData()
         self._annex_b = BitStreamFilterContext(bitstream_filter, stream) if bitstream_filter else None
         return stream
 
-    def _decode(self, stream: av.VideoStream, packet: av.Packet[Any] | None, ledger: Ledger) -> list[Any]:
+    def _decode(self, stream: av.VideoStream, packet: av.Packet[Any] | None, ledger: Ledger) -> Iterator[Any]:
         if packet is not None and packet.pts is not None:
             self._times[packet.pts] = packet.dts, packet.duration or 0
-        packets: list[av.Packet[Any]] = [] if packet is None else [packet]
+        packets: list[av.Packet[Any] | None] = [packet]
         if self._annex_b is not None:
-            packets = self._annex_b.filter(packet)
-        surfaces = [surface for each in packets for surface in self._feed(each)]
-        return surfaces + self._feed(None) if packet is None else surfaces
+            packets = [*self._annex_b.filter(packet), *([None] if packet is None else [])]
+        for each in packets:
+            yield from self._feed(each)
 
-    def _feed(self, packet: av.Packet[Any] | None) -> list[_Surface]:
+    def _feed(self, packet: av.Packet[Any] | None) -> Iterator[_Surface]:
         """A stretch of the stream in, what that completes out; None drains the decoder."""
-        piece = _library().PacketData()
+        piece = self._piece
         if packet is not None:
             piece.bsl, piece.bsl_data, piece.pts = packet.size, packet.buffer_ptr, packet.pts or 0
         else:
             piece.bsl = piece.bsl_data = piece.pts = 0
         try:
-            with torch.cuda.stream(self._stream):
-                return [self._surface(picture) for picture in self._nvdec.Decode(piece)]
+            for picture in self._nvdec.Decode(piece):
+                yield self._surface(picture)
+        except TrackerError:
+            raise
         except Exception as error:  # its own classes, derived from nothing narrower
             raise SourceError(
                 f"{self._path}: NVDEC gave up after {self.counts.decoded} frames ({error}): decode it on the "
@@ -163,8 +196,7 @@ class NvdecFile(VideoFile):
             ) from error
 
     def _surface(self, picture: Any) -> _Surface:
-        """A copy: the decoder writes over its own surfaces as soon as it needs them again."""
-        nv12 = from_dlpack(picture).clone()
+        nv12 = self.keep(from_dlpack(picture))
         rows, width = nv12.shape
         pts = int(picture.timestamp)
         dts, duration = self._times.pop(pts, (pts, 0))
@@ -172,22 +204,44 @@ class NvdecFile(VideoFile):
 
     def _frame(self, picture: Any, index: int, pts_seconds: float) -> Frame:
         surface: _Surface = picture
-        luma, chroma = surface.nv12[: surface.height], surface.nv12[surface.height :]
-        with torch.cuda.stream(self._stream):
-            planes = tuple(
-                _upright(plane, self._look.turn) for plane in (luma, chroma[:, ::2], chroma[:, 1::2])
-            )
-        image = Image(
-            format="yuv",
-            planes=planes,
-            matrix=self._look.colours.matrix,
-            full_range=self._look.colours.full_range,
-            ready=self._stream.record_event() if self._stream else None,
+        planes = upright(surface.nv12, self.look.turn)
+        ready = self._stream.record_event() if self._stream else None
+        return frame_of(
+            planes, self.look, index=index, pts_seconds=pts_seconds, source=self.number, ready=ready
         )
-        height, width = planes[0].shape
-        return Frame(
-            index=index, pts_seconds=pts_seconds, size=(width, height), image=image, source=self._source
-        )
+
+
+def frame_of(
+    planes: tuple[Tensor, ...],
+    look: Look,
+    *,
+    index: int,
+    pts_seconds: float,
+    source: int,
+    ready: torch.cuda.Event | None,
+) -> Frame:
+    """planes: as `upright` gives them. The rest: see `Frame` and `Image`."""
+    rows, width = planes[0].shape
+    image = Image(
+        format="nv12" if len(planes) == 1 else "yuv",
+        planes=planes,
+        matrix=look.colours.matrix,
+        full_range=look.colours.full_range,
+        ready=ready,
+    )
+    height = rows * 2 // 3 if len(planes) == 1 else rows
+    return Frame(index=index, pts_seconds=pts_seconds, size=(width, height), image=image, source=source)
+
+
+def upright(nv12: Tensor, turn: Turn) -> tuple[Tensor, ...]:
+    """The surface as it lies. One that is to be turned about is taken apart into Y, U and V, which costs
+    more: each step of torch's lets go of Python and has to wait until the other threads give it back.
+    """
+    if turn == Turn():
+        return (nv12,)
+    height = len(nv12) * 2 // 3
+    luma, chroma = nv12[:height], nv12[height:]
+    return tuple(_upright(plane, turn) for plane in (luma, chroma[:, ::2], chroma[:, 1::2]))
 
 
 def _upright(plane: Tensor, turn: Turn) -> Tensor:
