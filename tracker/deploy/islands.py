@@ -63,7 +63,7 @@ WIDE = _kinds(
     Cast CastLike ConstantOfShape Range EyeLike RandomNormal RandomUniform"""
 )  # the last line: their type is not that of an input
 _SEEDS = _ARITHMETIC | (WIDE - HEAVY)
-_GRIDS = {"GridSample": 1, "DeformConv": 2, "RoiAlign": 1}  # which input holds coordinates
+GRIDS = {"GridSample": 1, "DeformConv": 2, "RoiAlign": 1}  # which input holds coordinates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +199,7 @@ class Islands:
         return True
 
     def _coordinates(self) -> set[str]:
-        grids = [node.input[_GRIDS[node.op_type]] for node in self.model.graph.node if node.op_type in _GRIDS]
+        grids = [node.input[GRIDS[node.op_type]] for node in self.model.graph.node if node.op_type in GRIDS]
         return self._feeders(grids)
 
     def _tail_arithmetic(self) -> set[str]:

@@ -134,7 +134,14 @@ class _Writer:
 
     def rounded(self) -> onnx.ModelProto:
         graph, nodes = self._model.graph, []
-        inputs = {value.name for value in graph.input if self._islands.is_float(value.name)}
+        wide = {value.name for value in graph.input}
+        wide |= {
+            name
+            for node in graph.node
+            for index, name in enumerate(node.output)
+            if index not in self._islands.halves(node)[1]
+        }
+        inputs = {name for name in wide if self._islands.is_float(name)}  # cast where half precision begins
         seen: set[str] = set()
         for node in graph.node:
             ins, outs = self._islands.halves(node)
