@@ -14,7 +14,7 @@ import pytest
 
 from tracker.types import Frame, Image, Tracks
 
-SUFFIXES = {"mot": ".txt", "jsonl": ".jsonl", "video": ".mp4"}
+SUFFIXES = {"mot": ".txt", "jsonl": ".jsonl", "dota": ".dota.txt", "video": ".mp4"}
 Number = int | float
 
 
@@ -63,8 +63,9 @@ def frames_in(path: Path) -> int:
     assert all(line.endswith("\n") for line in lines)
     if path.suffix == ".jsonl":
         return len([json.loads(line) for line in lines])
-    rows = [line.split(",") for line in lines]
-    assert all(len(row) == 10 for row in rows)
+    dota = path.name.endswith(SUFFIXES["dota"])
+    rows = [line.split(" " if dota else ",") for line in lines]
+    assert all(len(row) == (12 if dota else 10) for row in rows)
     return len({row[0] for row in rows})
 
 

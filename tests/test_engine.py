@@ -90,9 +90,9 @@ def test_a_named_front_end_may_not_contradict_the_manifest(tmp_path: Path) -> No
 
 def test_a_manifest_of_an_unknown_front_end(tmp_path: Path) -> None:
     path = described(detector(tmp_path / "a.onnx", answer()))
-    other = dataclasses.replace(manifests.read(manifests.beside(path)), frontend="detr")
+    other = dataclasses.replace(manifests.read(manifests.beside(path)), frontend="ssd")
     manifests.write(other, manifests.beside(path))
-    with pytest.raises(ConfigError, match="front end is 'detr'; there is yolox"):
+    with pytest.raises(ConfigError, match="front end is 'ssd'; there is yolox"):
         open_engine(path)
 
 

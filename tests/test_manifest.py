@@ -107,8 +107,8 @@ def drop(*keys: str) -> Callable[[dict[str, Any]], None]:
         (put("input", "resize", value="letterbox"), "input.resize is 'letterbox'; it must be corner or"),
         (put("input", "pad", value=float("nan")), "input.pad"),
         (
-            put("input", "interpolation", value="cubic"),
-            "input.interpolation is 'cubic'; it must be linear or",
+            put("input", "interpolation", value="lanczos"),
+            "input.interpolation is 'lanczos'; it must be linear or",
         ),
         (put("outputs", value={}), "outputs"),
         (put("outputs", value=["output"]), "outputs"),

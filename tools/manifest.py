@@ -3,6 +3,7 @@
 
 manifest.py MODEL.onnx --frontend yolox
 manifest.py MODEL.onnx --frontend yolox --names person,car --layout decoded --input-size 640x384
+manifest.py MODEL.onnx --frontend yolov8
 manifest.py MODEL.onnx --frontend fairmot
 """
 
@@ -20,7 +21,6 @@ from tracker.engine import describe
 from tracker.errors import ConfigError, TrackerError
 from tracker.frontends import FRONTENDS
 from tracker.frontends.coco import COCO_NAMES
-from tracker.frontends.yolox import LAYOUTS
 from tracker.manifest import Precision
 
 
@@ -33,12 +33,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--names",
         metavar="coco|FILE.txt|a,b,c",
-        help="class names by index; a file has one per line (default: coco for yolox, person for fairmot)",
+        help="class names by index; a file has one per line (default: coco, for fairmot person)",
     )
     parser.add_argument(
         "--layout",
-        choices=LAYOUTS,
-        help=f"what a YOLOX's boxes are (default: {LAYOUTS[0]}, as the official exporter writes)",
+        choices=sorted({layout for kind in FRONTENDS.values() for layout in kind.layouts}),
+        help="what the outputs are, where their names do not tell: see docs/frontends.md",
     )
     parser.add_argument(
         "--input-size", type=size, metavar="WxH", help="image size, where the model leaves it open"

@@ -1,7 +1,8 @@
 """Boxes as geometry: conversions, IoU, and fitting an image into a network's input.
 
 Pure functions over NumPy arrays; knows nothing of tracks, detectors or pixels' colours.
-Formats are in the names: xyxy are corners, xywh the top-left corner and size.
+Formats are in the names: xyxy are corners, xywh the top-left corner and size, cxcywhr turned boxes: centre,
+size and angle.
 """
 
 from __future__ import annotations
@@ -101,3 +102,119 @@ def fit_center(source_size: tuple[int, int], input_size: tuple[int, int]) -> Fit
 def fit_stretch(source_size: tuple[int, int], input_size: tuple[int, int]) -> Fit:
     """Fill the input, aspect ratio ignored."""
     return Fit(source_size, input_size, input_size, (0, 0))
+
+
+def turned(xyxy: Array, angle: Array) -> Array:
+    """(..., 4) corners of boxes before their turn, (...) angles → (..., 5) cxcywhr.
+
+    cxcywhr: centre, width, height, and the angle r in radians by which the box is turned around its centre,
+    from the x axis towards the y axis.
+    """
+    low, high = xyxy[..., :2], xyxy[..., 2:]
+    return np.concatenate(((low + high) / 2, high - low, angle[..., None]), axis=-1)
+
+
+def unturned(cxcywhr: Array) -> Array:
+    """(..., 5) → (..., 4) corners of the boxes turned back to the axes: the inverse of `turned`."""
+    half = cxcywhr[..., 2:4] / 2
+    return np.concatenate((cxcywhr[..., :2] - half, cxcywhr[..., :2] + half), axis=-1)
+
+
+def polygons(cxcywhr: Array) -> Array:
+    """(..., 5) → (..., 4, 2) corners of the turned boxes: those that lie top left, top right, bottom right
+    and bottom left before the turn.
+    """
+    cos, sin = np.cos(cxcywhr[..., 4]), np.sin(cxcywhr[..., 4])
+    half = cxcywhr[..., 2:4] / 2
+    across = half[..., :1] * np.stack((cos, sin), axis=-1)
+    down = half[..., 1:] * np.stack((-sin, cos), axis=-1)
+    centre = cxcywhr[..., :2]
+    corners = (centre - across - down, centre + across - down, centre + across + down, centre - across + down)
+    return np.stack(corners, axis=-2)
+
+
+def enclosing(cxcywhr: Array) -> Array:
+    """(..., 5) → (..., 4) corners of the smallest upright boxes around the turned ones."""
+    cos, sin = np.abs(np.cos(cxcywhr[..., 4:])), np.abs(np.sin(cxcywhr[..., 4:]))
+    width, height = cxcywhr[..., 2:3] / 2, cxcywhr[..., 3:4] / 2
+    reach = np.concatenate((width * cos + height * sin, width * sin + height * cos), axis=-1)
+    return np.concatenate((cxcywhr[..., :2] - reach, cxcywhr[..., :2] + reach), axis=-1)
+
+
+def half_turned(angle: Array) -> Array:
+    """The same boxes' angles in [−π/2, π/2): half a turn changes no box."""
+    wrapped: Array = (angle + np.pi / 2) % np.pi - np.pi / 2
+    return wrapped
+
+
+def long_side_first(cxcywhr: Array) -> Array:
+    """The same boxes (..., 5) with width ≥ height and the angle in [−π/2, π/2): le90, as DOTA's tools and
+    mmrotate call it (`mmrotate/structures/bbox/rotated_boxes.py`, regularize_boxes).
+    """
+    low, high = cxcywhr[..., 2:4].min(axis=-1), cxcywhr[..., 2:4].max(axis=-1)
+    quarter = np.where(cxcywhr[..., 2] < cxcywhr[..., 3], np.pi / 2, 0.0)
+    angle = half_turned(cxcywhr[..., 4] + quarter)
+    return np.stack((cxcywhr[..., 0], cxcywhr[..., 1], high, low, angle), axis=-1)
+
+
+def scaled(cxcywhr: Array, x: float, y: float) -> Array:
+    """Turned boxes (..., 5) in a picture x times as wide and y times as high.
+
+    Where x and y differ they become parallelograms: their sides' lengths are right, and the first one's
+    direction, as nearly as a box can have them.
+    """
+    width, height = cxcywhr[..., 2], cxcywhr[..., 3]
+    cos, sin = np.cos(cxcywhr[..., 4]), np.sin(cxcywhr[..., 4])
+    turn = np.arctan2(y * sin, x * cos) - np.arctan2(sin, cos)
+    return np.stack(
+        (
+            cxcywhr[..., 0] * x,
+            cxcywhr[..., 1] * y,
+            width * np.hypot(x * cos, y * sin),
+            height * np.hypot(x * sin, y * cos),
+            cxcywhr[..., 4] + turn,
+        ),
+        axis=-1,
+    )
+
+
+def rotated_iou(a: Array, b: Array) -> Array:
+    """IoU of matching rows of turned boxes, cxcywhr (..., 5) with (..., 5) → (...); broadcasts.
+
+    Two boxes without area have IoU 0.
+
+    The area common to a box and an upright one is the integral of dx dy; by Green's theorem that of
+    min(max(x, left), right) dy along the part of the first's edges between the second's top and bottom: four
+    edges in closed form, without the cases of a clipped polygon, and continuous where edges coincide.
+    """
+    cos, sin = np.cos(b[..., 4]), np.sin(b[..., 4])
+    dx, dy = a[..., 0] - b[..., 0], a[..., 1] - b[..., 1]
+    x, y, turn = dx * cos + dy * sin, dy * cos - dx * sin, a[..., 4] - b[..., 4]  # a as b sees it
+    across, along = np.cos(turn), np.sin(turn)
+    half_width, half_height = a[..., 2] / 2, a[..., 3] / 2
+    corners = [
+        (
+            x + i * half_width * across - j * half_height * along,
+            y + i * half_width * along + j * half_height * across,
+        )
+        for i, j in ((-1, -1), (1, -1), (1, 1), (-1, 1))
+    ]
+    right, bottom = b[..., 2] / 2, b[..., 3] / 2
+    inter = 0.0
+    for (x1, y1), (x2, y2) in zip(corners, [*corners[1:], corners[0]], strict=True):
+        low, high = np.clip(y1, -bottom, bottom), np.clip(y2, -bottom, bottom)
+        slope = (x2 - x1) / np.where(y2 == y1, 1.0, y2 - y1)
+        inter = inter + (high - low) * _mean_clipped(x1 + slope * (low - y1), x1 + slope * (high - y1), right)
+    inter = np.maximum(inter, 0.0)
+    union = a[..., 2] * a[..., 3] + b[..., 2] * b[..., 3] - inter
+    shared: Array = inter / np.maximum(union, _TINY)
+    return shared
+
+
+def _mean_clipped(first: Array, last: Array, limit: Array) -> Array:
+    """The mean of min(max(x, −limit), limit) over x from first to last."""
+    begin, end = np.clip(first, -limit, limit), np.clip(last, -limit, limit)
+    span, inside = last - first, end - begin
+    # Between begin and end whatever is rounded: no case apart where the span is next to nothing.
+    mean: Array = begin + inside * ((last - end + inside / 2) / np.where(span == 0, 1.0, span))
+    return mean

@@ -47,7 +47,7 @@ def open_engine(
     """
     _check_engine(path)
     manifest = _manifest_of(path, frontend)
-    runtime = _open(path, manifest, device=device, lanes=lanes, threads=threads)
+    runtime = open_runtime(path, manifest, device=device, lanes=lanes, threads=threads)
     if manifest is None:
         manifest = _frontend(frontend).describe(runtime, onnx_sha256=manifests.sha256(path))
     kind = _frontend(manifest.frontend)
@@ -75,18 +75,22 @@ def describe(
 
     A .pt2 file is code and is run: describe only what you trust; its hash then stands for that. TensorRT
     engines get their manifest from what builds them.
-    names, layout: None is the front end's default. layout, legacy: of YOLOX alone.
-    Raises EngineError when what comes out does not fit the front end.
+    names, layout: None is the front end's default. legacy: of YOLOX alone.
+    Raises EngineError when what comes out does not fit the front end, ConfigError for a layout it has not.
     """
     kind = _frontend(frontend)
     options: dict[str, Any] = {"size": size, "precision": precision}
     if names is not None:
         options["names"] = names
+    if layout is not None:
+        if layout not in kind.layouts:
+            known = f"there is {', '.join(kind.layouts)}" if kind.layouts else "it has but one: leave it out"
+            raise ConfigError(f"layout is {layout!r}; for {frontend} {known}")
+        options["layout"] = layout
     if kind is Yolox:
         options["legacy"] = legacy
-        options |= {"layout": layout} if layout is not None else {}
-    elif layout is not None or legacy:
-        raise ConfigError(f"--layout and --legacy are for yolox: leave them out with {frontend}")
+    elif legacy:
+        raise ConfigError(f"--legacy is for yolox: leave it out with {frontend}")
     _check_engine(path)
     if path.suffix in TENSORRT:
         raise EngineError(
@@ -103,10 +107,15 @@ def describe(
     return manifest
 
 
-def _open(
-    path: Path, manifest: Manifest | None, *, device: str, lanes: int | None, threads: int | None
+def open_runtime(
+    path: Path,
+    manifest: Manifest | None,
+    *,
+    device: str = "auto",
+    lanes: int | None = None,
+    threads: int | None = None,
 ) -> Runtime:
-    """The runtime for the file, which is the manifest's where there is one."""
+    """The engine without its front end; it must be the manifest's file where there is one."""
     if path.suffix == ONNX:
         if manifest is not None:
             manifest.verify(path)

@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -23,7 +23,7 @@ FORMAT = 1
 
 Colour = Literal["bgr", "rgb"]
 Resize = Literal["corner", "center", "stretch"]
-Interpolation = Literal["linear", "area"]
+Interpolation = Literal["linear", "area", "cubic"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Builder = Literal["tensorrt", "tensorrt_rtx"]
 Batch = tuple[int, int, int]  # least, usual (what it is tuned for), greatest images per run
@@ -38,7 +38,7 @@ class Input:
     size: (width, height). layout: axes of the tensor. colour: order of its channels. mean, std: what is
     subtracted, then divided by, per channel in that order, in units of 0–255. resize: how the image is
     placed, `boxes.fit_<resize>`. pad: value around it, in units of 0–255, normalised like a pixel.
-    interpolation: "linear" between pixels, or "area", the mean of what a pixel covers.
+    interpolation: "linear" or "cubic" between pixels, or "area", the mean of what a pixel covers.
     """
 
     name: str
@@ -66,6 +66,37 @@ class Input:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """How a network came to a lower precision than it was trained in (`deploy.calibrate`).
+
+    method: of INT8's ranges, None for half precision. frames, seed: calibrated with. kept: layers that stay
+    in higher precision beyond those that always do. thresholds: by tracker, fields of its config that were
+    fitted anew to the network's scores.
+    """
+
+    method: str | None
+    frames: int
+    seed: int
+    kept: tuple[str, ...] = ()
+    thresholds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        named = self.method is None or _is_text(self.method)
+        _check("calibration.method", self.method, named, "text or null")
+        for key in ("frames", "seed"):
+            value = getattr(self, key)
+            _check(f"calibration.{key}", value, type(value) is int and value >= 0, "a whole number from 0")
+        listed = isinstance(self.kept, tuple) and all(map(_is_text, self.kept))
+        _check("calibration.kept", self.kept, listed, "a list of layers' names")
+        tables = self.thresholds.values() if isinstance(self.thresholds, Mapping) else [None]
+        shares = all(
+            isinstance(table, Mapping) and all(_is_number(n) and 0 <= n <= 1 for n in table.values())
+            for table in tables
+        )
+        _check("calibration.thresholds", self.thresholds, shares, "an object of tracker: {setting: 0 to 1}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """One engine, described.
 
@@ -75,6 +106,7 @@ class Manifest:
     Of TensorRT engines, else None: builder, the library that made it and runs it. tensorrt_version, sm: what
     it is bound to (sm 89 is compute capability 8.9; None for TensorRT-RTX's, which run on several).
     batch: images per run that it takes.
+    calibration: how it came to its precision, None where it was not calibrated.
     Raises ConfigError naming the key, its value and what is allowed.
     """
 
@@ -89,6 +121,7 @@ class Manifest:
     sm: int | None = None
     builder: Builder | None = None
     batch: Batch | None = None
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         _check("frontend", self.frontend, _is_text(self.frontend), "a front end's name")
@@ -110,6 +143,12 @@ class Manifest:
         _check_choice("builder", self.builder, (*get_args(Builder), None))
         allowed = "three numbers, least, usual and greatest, each at least 1, or null"
         _check("batch", self.batch, self.batch is None or _is_batch(self.batch), allowed)
+        known = self.calibration is None or isinstance(self.calibration, Calibration)
+        _check("calibration", self.calibration, known, "an object or null")
+
+    def thresholds(self, tracker: str) -> Mapping[str, float]:
+        """Settings of the tracker that were fitted to this engine's scores."""
+        return self.calibration.thresholds.get(tracker, {}) if self.calibration is not None else {}
 
     def verify(self, engine: Path, content: bytes | None = None) -> None:
         """Raise EngineError unless this manifest belongs to the engine file as it is now.
@@ -156,6 +195,8 @@ def read(path: Path) -> Manifest:
         _check_choice("format", raw.pop("format", None), (FORMAT,))
         if isinstance(raw.get("input"), dict):
             raw["input"] = _build(Input, raw["input"], "input.")
+        if isinstance(raw.get("calibration"), dict):
+            raw["calibration"] = _build(Calibration, raw["calibration"], "calibration.")
         return _build(Manifest, raw, "")
     except ConfigError as error:
         raise ConfigError(f"manifest {path}: {error}") from error

@@ -18,7 +18,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
 from tracker import kalman
-from tracker.boxes import iou
+from tracker.boxes import enclosing, iou, rotated_iou
 
 Indices = NDArray[np.int64]
 Array = NDArray[Any]
@@ -83,19 +83,34 @@ def overlaps(a_xyxy: Array, b_xyxy: Array) -> Pairs:
     return Pairs(row, column, 1.0 - shared).keep(shared > 0)
 
 
-def gated(state: Array, xyah: Array) -> Pairs:
-    """Pairs of a track state (5, 4, N) and a measurement (4, M) within the 95 % gate.
+def turned_overlaps(a_cxcywhr: Array, b_cxcywhr: Array) -> Pairs:
+    """Pairs of rotated boxes that overlap, (N, 5) with (M, 5), with cost 1 − IoU, corners being points."""
+    a, b = enclosing(a_cxcywhr), enclosing(b_cxcywhr)
+    row, column = sweep(a[:, 0], a[:, 2], b[:, 0], b[:, 2])
+    near = np.minimum(a[row, 3], b[column, 3]) > np.maximum(a[row, 1], b[column, 1])
+    row, column = row[near], column[near]
+    shared = rotated_iou(a_cxcywhr.take(row, axis=0), b_cxcywhr.take(column, axis=0))
+    return Pairs(row, column, 1.0 - shared).keep(shared > 0)
 
-    The cost is the squared Mahalanobis distance, at most `kalman.GATE`.
+
+def gated(state: Array, xyah: Array) -> Pairs:
+    """Pairs of a track state (5, 4, N) and a measurement (4, M) within the 95 % gate; with angles, 5 for 4.
+
+    The cost is the squared Mahalanobis distance, at most `kalman.GATE`, with angles `kalman.TURNED_GATE`.
     """
+    turned = len(xyah) > kalman.ANGLE
+    gate = kalman.TURNED_GATE if turned else kalman.GATE
     mean, variance = kalman.project(state)
-    reach = np.sqrt(kalman.GATE * variance[:2])  # (2, N): no farther than this in x or y alone
+    reach = np.sqrt(gate * variance[:2])  # (2, N): no farther than this in x or y alone
     row, column = sweep(mean[0] - reach[0], mean[0] + reach[0], xyah[0], xyah[0])
     near = (np.abs(mean[1][row] - xyah[1][column]) <= reach[1][row]).nonzero()[0]
     row, column = row[near], column[near]
     mean, variance = mean.take(row, axis=1), variance.take(row, axis=1)  # (4, P)
-    distance = kalman.squared_mahalanobis(mean, variance, xyah.take(column, axis=1))
-    return Pairs(row, column, distance).keep(distance <= kalman.GATE)
+    measured = xyah.take(column, axis=1)
+    if turned:
+        measured = kalman.aligned(mean, measured)
+    distance = kalman.squared_mahalanobis(mean, variance, measured)
+    return Pairs(row, column, distance).keep(distance <= gate)
 
 
 def cosine_distance(pairs: Pairs, a: Array, b: Array) -> NDArray[np.float64]:

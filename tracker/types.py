@@ -27,17 +27,17 @@ YuvMatrix = Literal["bt601", "bt709", "bt2020"]
 class Image:
     """Pixels as they were decoded.
 
-    format: "yuv" (three 8-bit planes Y, U, V; the chroma planes may be smaller in either direction) or
-        "bgr" (one (H, W, 3) plane).
+    format: "yuv" (three 8-bit planes Y, U, V; the chroma planes may be smaller in either direction), "bgr"
+        (one (H, W, 3) plane) or, on a device, "nv12" (one (H·3/2, W) plane: Y, and below it U and V in turn).
     planes: uint8 arrays, already upright: rotation metadata has been applied. Read-only by convention; a
         row's pixels are contiguous, rows need not be.
     matrix, full_range: how Y, U, V become R, G, B (ITU-R BT.601/709/2020; full range is 0–255, else
         16–235/240). Meaningless for "bgr".
-    ready: passes on the device once its planes hold the picture; None for planes on the host. Planes there
-        may have any strides.
+    ready: passes on the device once its planes hold the picture; None where they do already, as on the host.
+        Planes on a device may have any strides.
     """
 
-    format: Literal["yuv", "bgr"]
+    format: Literal["yuv", "bgr", "nv12"]
     planes: tuple[Any, ...]
     matrix: YuvMatrix = "bt601"
     full_range: bool = False
@@ -54,6 +54,7 @@ class Frame:
     size: (width, height) in pixels of the upright image; track boxes are in these pixels.
     image: None only where detections are replayed without a video.
     source: which source of the run, from 0.
+    received: when its last byte had come, by `time.monotonic`; of live sources alone.
     """
 
     index: int
@@ -61,6 +62,7 @@ class Frame:
     size: tuple[int, int]
     image: Image | None = None
     source: int = 0
+    received: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,9 @@ class Detections:
 
     xyxy: (N, 4) corners in source pixels, x2 ≥ x1 and y2 ≥ y1.
     score: (N,) confidence. label: (N,) class index. embedding: (N, D) appearance, any positive norm.
+    angle: (N,) where boxes are rotated: radians by which each box is turned around its centre, from the x
+        axis towards the y axis; xyxy are its corners before the turn (see `boxes.turned`). mmrotate's le90,
+        the longer side along x and angles in −π/2…π/2, is one way to say it; others are as good.
 
     Raises DetectionsError for wrong shapes and for NaN or inf, which would silently spoil every track.
     """
@@ -77,6 +82,7 @@ class Detections:
     score: Floats
     label: Labels
     embedding: Floats | None = None
+    angle: Floats | None = None
 
     def __post_init__(self) -> None:
         count = len(self.xyxy)
@@ -87,8 +93,10 @@ class Detections:
             )
         if self.embedding is not None and (self.embedding.ndim != 2 or len(self.embedding) != count):
             raise DetectionsError(f"embedding needs shape ({count}, D), got {self.embedding.shape}")
+        if self.angle is not None and self.angle.shape != (count,):
+            raise DetectionsError(f"angle needs shape ({count},), got {self.angle.shape}")
         with np.errstate(over="ignore"):
-            for name in ("xyxy", "score", "embedding"):
+            for name in ("xyxy", "score", "embedding", "angle"):
                 values = getattr(self, name)
                 if values is None:
                     continue
@@ -109,12 +117,16 @@ class Detections:
 
 @dataclass(frozen=True, slots=True)
 class Track:
-    """One tracked object in one frame. xyxy: (4,) corners in source pixels; label: class name."""
+    """One tracked object in one frame. xyxy: (4,) corners in source pixels; label: class name.
+
+    angle: of a rotated box, in radians; then xyxy are its corners before the turn, as in `Detections`.
+    """
 
     id: int
     xyxy: Floats
     score: float
     label: str
+    angle: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +134,7 @@ class Tracks(Sequence[Track]):
     """The tracks of one frame: arrays for those who want speed, a sequence of `Track` for the rest.
 
     id: (N,) from 1. xyxy: (N, 4) corners in source pixels. score: (N,). label: (N,) class index into
-    names; an index beyond names is shown as its number.
+    names; an index beyond names is shown as its number. angle: (N,) of rotated boxes, as in `Detections`.
     """
 
     id: NDArray[np.int64]
@@ -130,6 +142,7 @@ class Tracks(Sequence[Track]):
     score: Floats
     label: Labels
     names: tuple[str, ...] = field(default=(), repr=False)
+    angle: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.id)
@@ -149,11 +162,13 @@ class Tracks(Sequence[Track]):
             self.xyxy[index],
             float(self.score[index]),
             self.name_of(int(self.label[index])),
+            None if self.angle is None else float(self.angle[index]),
         )
 
     def __iter__(self) -> Iterator[Track]:
-        rows = zip(self.id.tolist(), self.xyxy, self.score.tolist(), self.label.tolist(), strict=True)
-        return (Track(i, xyxy, score, self.name_of(label)) for i, xyxy, score, label in rows)
+        angle = [None] * len(self) if self.angle is None else self.angle.tolist()
+        rows = zip(self.id.tolist(), self.xyxy, self.score.tolist(), self.label.tolist(), angle, strict=True)
+        return (Track(i, xyxy, score, self.name_of(label), turn) for i, xyxy, score, label, turn in rows)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -220,6 +235,12 @@ class Source(Protocol):
     def __enter__(self) -> Source: ...
     def __exit__(self, *exc: object) -> None: ...
     def __iter__(self) -> Iterator[Frame]: ...
+
+
+class AheadSource(Source, Protocol):
+    """One that decodes ahead by itself. seconds: spent decoding so far."""
+
+    seconds: float
 
 
 class Runtime(Protocol):
@@ -295,14 +316,17 @@ class Frontend(Protocol):
 class Association(Protocol):
     """Turns each frame's detections into tracks. Empty frames count too: time passes.
 
-    config: its settings, a dataclass. confirmed: tracks that were ever reported.
+    config: its settings, a dataclass. confirmed: tracks that were ever reported. update: frame_index may
+    lie between whole numbers, since it stands for time. rescale: from here on the same picture is so many
+    times as wide and as high.
     """
 
     @property
     def config(self) -> Any: ...
     @property
     def confirmed(self) -> int: ...
-    def update(self, frame_index: int, detections: Detections) -> Tracks: ...
+    def rescale(self, x: float, y: float) -> None: ...
+    def update(self, frame_index: float, detections: Detections) -> Tracks: ...
 
 
 class Crew(Protocol):

@@ -25,7 +25,8 @@ class ByteConfig:
 
     high: detections above it are confident; low: weak ones lie between low and high. birth: a new track
     needs this score. match_limit, weak_limit, tentative_limit: greatest cost of rounds 1, 2 and 3.
-    track_buffer: frames at 30 fps a track may stay lost. official: see `TrackTable`.
+    track_buffer: frames at 30 fps a track may stay lost. outage_buffer: frames at 30 fps that the source
+    may be gone, with nobody to be seen, and tracks go on after it. official: see `TrackTable`.
     """
 
     high: float = 0.6
@@ -35,6 +36,7 @@ class ByteConfig:
     weak_limit: float = 0.5
     tentative_limit: float = 0.7
     track_buffer: int = 30
+    outage_buffer: int = 0
     official: bool = False
 
     def __post_init__(self) -> None:
@@ -54,15 +56,23 @@ class Byte:
     ) -> None:
         self.config = config or ByteConfig()
         buffer = buffer_frames(frame_rate, self.config.track_buffer)
-        self.table = TrackTable(buffer=buffer, official=self.config.official, names=names)
+        outage = buffer_frames(frame_rate, self.config.outage_buffer)
+        self.table = TrackTable(buffer=buffer, outage=outage, official=self.config.official, names=names)
 
     @property
     def confirmed(self) -> int:
         """How many tracks were ever reported."""
         return self.table.confirmed
 
-    def update(self, frame_index: int, detections: Detections) -> Tracks:
-        """The tracks seen in this frame. Frame indices must grow; a gap counts as time passed."""
+    def rescale(self, x: float, y: float) -> None:
+        """From the next frame on the same picture is so many times as wide and as high."""
+        self.table.rescale(x, y)
+
+    def update(self, frame_index: float, detections: Detections) -> Tracks:
+        """The tracks seen in this frame. Frame indices must grow; a gap counts as time passed.
+
+        A live source's moments are no whole numbers: time is counted in frames.
+        """
         config = self.config
         step = Step(self.table, frame_index, detections)
         score = detections.score

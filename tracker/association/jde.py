@@ -32,7 +32,8 @@ class JdeConfig:
     (1 − motion_weight) · cosine distance (FairMOT: 0.4; 0.35 keeps identities apart better wherever
     round 2 can pick up what is refused, see docs/log.md). overlap_limit, weak_limit, tentative_limit:
     greatest 1 − IoU of rounds 2 to 4. track_buffer: frames at 30 fps a track may stay lost.
-    official: see `TrackTable`.
+    outage_buffer: frames at 30 fps that the source may be gone, with nobody to be seen, and tracks go on
+    after it. official: see `TrackTable`.
     """
 
     high: float = 0.4
@@ -43,6 +44,7 @@ class JdeConfig:
     weak_limit: float = 0.5
     tentative_limit: float = 0.7
     track_buffer: int = 30
+    outage_buffer: int = 0
     official: bool = False
 
     def __post_init__(self) -> None:
@@ -62,15 +64,23 @@ class Jde:
     ) -> None:
         self.config = config or JdeConfig()
         buffer = buffer_frames(frame_rate, self.config.track_buffer)
-        self.table = TrackTable(buffer=buffer, official=self.config.official, names=names)
+        outage = buffer_frames(frame_rate, self.config.outage_buffer)
+        self.table = TrackTable(buffer=buffer, outage=outage, official=self.config.official, names=names)
 
     @property
     def confirmed(self) -> int:
         """How many tracks were ever reported."""
         return self.table.confirmed
 
-    def update(self, frame_index: int, detections: Detections) -> Tracks:
-        """The tracks seen in this frame. Frame indices must grow; a gap counts as time passed."""
+    def rescale(self, x: float, y: float) -> None:
+        """From the next frame on the same picture is so many times as wide and as high."""
+        self.table.rescale(x, y)
+
+    def update(self, frame_index: float, detections: Detections) -> Tracks:
+        """The tracks seen in this frame. Frame indices must grow; a gap counts as time passed.
+
+        A live source's moments are no whole numbers: time is counted in frames.
+        """
         config, table = self.config, self.table
         detections = self._relevant(detections)
         embedding = detections.embedding
@@ -104,4 +114,5 @@ class Jde:
             score=detections.score[keep],
             label=detections.label[keep],
             embedding=normalised(embedding[keep]),
+            angle=None if detections.angle is None else detections.angle[keep],
         )

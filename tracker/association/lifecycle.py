@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker import kalman
-from tracker.errors import ConfigError
+from tracker import boxes, kalman
+from tracker.errors import ConfigError, DetectionsError
 from tracker.matching import Indices, overlaps
 from tracker.types import Detections, Tracks
 
@@ -42,17 +42,19 @@ OFFICIAL_MIN_AREA, OFFICIAL_MAX_ASPECT = 100.0, 1.6
 _COLUMNS = ("id", "status", "label", "score", "born", "seen", "expired", "detected", "feature")
 
 
-def measurements(xyxy: Array) -> NDArray[np.float64]:
-    """(N, 4) corners → (4, N) float64 of cx, cy, a, h: the filter's coordinates."""
+def measurements(xyxy: Array, angle: Array | None = None) -> NDArray[np.float64]:
+    """(N, 4) corners → (4, N) float64 of cx, cy, a, h: the filter's coordinates. With angles (N,), (5, N)."""
     corners = xyxy.T.astype(np.float64)
     size = corners[2:] - corners[:2]
-    xyah = np.empty_like(corners)
+    xyah = np.empty((4 if angle is None else 5, len(xyxy)))
     np.add(corners[:2], size / 2, out=xyah[:2])
     # A box without height has no aspect; 0 keeps it harmless where x / 0 would poison the filter.
     flat = size[1] <= 0
     np.divide(size[0], size[1], out=xyah[2], where=~flat)
     xyah[2][flat] = 0.0
     xyah[3] = size[1]
+    if angle is not None:
+        xyah[kalman.ANGLE] = angle
     return xyah
 
 
@@ -66,6 +68,11 @@ def corners(mean: Array) -> NDArray[np.float64]:
     np.add(mean[0], half_width, out=xyxy[:, 2])
     np.add(mean[1], half_height, out=xyxy[:, 3])
     return xyxy
+
+
+def turned_boxes(mean: Array) -> NDArray[np.float64]:
+    """(5, N) cx, cy, a, h, angle → (N, 5) cxcywhr."""
+    return np.stack((mean[0], mean[1], mean[2] * mean[3], mean[3], mean[4]), axis=1)
 
 
 def normalised(vectors: Array) -> NDArray[np.float32]:
@@ -87,6 +94,7 @@ def buffer_frames(frame_rate: float, track_buffer: int) -> int:
 class TrackTable:
     """Living tracks, column by column, in order of birth.
 
+    buffer: frames a track may stay lost. outage: frames a source may be gone without ending its tracks.
     official: do exactly as FairMOT's and ByteTrack's published code does, where we differ on purpose.
     There, tentative tracks are not predicted; lost tracks keep their velocity; a track that expires stays
     matchable for one more frame, and if it is matched then its next loss ends it at once; of a seen and a
@@ -94,69 +102,122 @@ class TrackTable:
     the filter's mean, which lags behind the detection, and small or wide boxes are not reported.
     """
 
-    def __init__(self, *, buffer: int, official: bool, names: tuple[str, ...] = ()) -> None:
-        self.buffer, self.official, self.names = buffer, official, names
-        self.frame: int | None = None
+    def __init__(self, *, buffer: int, official: bool, outage: int = 0, names: tuple[str, ...] = ()) -> None:
+        self.buffer, self.outage, self.official, self.names = buffer, outage, official, names
+        self.frame: float | None = None
         self.next_id = 1
         self.confirmed = 0  # tracks that have been seen twice, or in the first frame, so far
         self.id = np.empty(0, np.int64)
         self.status = np.empty(0, np.int8)
         self.label = np.empty(0, np.int64)
         self.score = np.empty(0, np.float64)
-        self.born = np.empty(0, np.int64)
-        self.seen = np.empty(0, np.int64)
+        self.born = np.empty(0)  # moments, in frames
+        self.seen = np.empty(0)
         self.expired = np.empty(0, bool)  # official only: on the list of removed ids
-        self.detected = np.empty((0, 4))  # last matched detection, xyxy
-        self.state = np.empty((5, 4, 0))
+        self.detected = np.empty((0, 4))  # last matched detection, xyxy; of rotated boxes (N, 5) cxcywhr
+        self.state = np.empty((5, 4, 0))  # of rotated boxes (5, 5, N)
+        self.turned = False  # whether its boxes are rotated
         self.feature: NDArray[np.float32] | None = None  # (N, D) unit rows, where the tracker wants them
 
     def __len__(self) -> int:
         return len(self.id)
 
-    def advance(self, frame: int) -> bool:
+    def expect(self, detections: Detections) -> None:
+        """From here on boxes are rotated, or upright, as these are. Raises DetectionsError where the tracks
+        are not, and where rotated boxes come to a published tracker.
+        """
+        turned = detections.angle is not None
+        if turned == self.turned:
+            return
+        if len(self):
+            if not len(detections):
+                return
+            raise DetectionsError(
+                f"detections are {'rotated' if turned else 'upright'} boxes, earlier ones were not: "
+                "give all of a source an angle, or none"
+            )
+        if self.official:
+            raise DetectionsError("the published trackers know no rotated boxes: leave out compat")
+        self.turned, size = turned, 5 if turned else 4
+        self.detected, self.state = np.empty((0, size)), np.empty((5, size, 0))
+
+    def advance(self, frame: float) -> bool:
         """Predict every track to this frame; True if it is the first one. Frames must come in order.
 
-        Frames left out are time, but nobody looked: they count towards the buffer and are no misses.
+        frame: a moment, counted in frames; a live source's lie anywhere between whole ones. Frames left out
+        are time, but nobody looked: they count towards the buffer and are no misses. A gap longer than the
+        buffer ends everything, unless it is an outage: then it counts as no time for those who are lost.
         """
         first = self.frame is None
         if self.frame is not None:
             if frame <= self.frame:
                 raise ConfigError(f"frame {frame} comes after frame {self.frame}: frames must be in order")
             gap = frame - self.frame
+            if self.buffer < gap <= self.outage:
+                self.seen += gap - 1  # as if the last frame had been just now
             if gap > 1:
                 self.status[frame - 1 - self.seen > self.buffer] = ENDED
                 self._forget_ended()
-            # Beyond the buffer there is nobody left to predict for.
-            for _ in range(min(gap, self.buffer + 1)):
-                self._predict()
+            # Beyond the buffers there is nobody left to predict for.
+            gap = min(gap, max(self.buffer, self.outage) + 1)
+            steps = max(1, round(gap))  # whole frames are predicted one by one, as published
+            for _ in range(steps):
+                self._predict(gap / steps)
         self.frame = frame
         return first
 
-    def _predict(self) -> None:
+    def rescale(self, x: float, y: float) -> None:
+        """The pictures are so many times as wide and as high from here on, and show the same."""
+        if self.turned:
+            self._rescale_turned(x, y)
+            return
+        scale = np.array([[x], [y], [x / y], [y]])  # of cx, cy, a, h
+        self.state[[kalman.MEAN, kalman.VELOCITY]] *= scale
+        self.state[[kalman.VARIANCE, kalman.COVARIANCE, kalman.VELOCITY_VARIANCE]] *= scale * scale
+        self.detected *= (x, y, x, y)
+
+    def _rescale_turned(self, x: float, y: float) -> None:
+        before = turned_boxes(self.state[kalman.MEAN])
+        after = boxes.scaled(before, x, y)
+        width, height = np.maximum(after[:, 2:4], 1e-9).T / np.maximum(before[:, 2:4], 1e-9).T
+        one = np.ones(len(self))
+        scale = np.stack((x * one, y * one, width / height, height, one))  # of cx, cy, a, h, angle
+        self.state[[kalman.MEAN, kalman.VELOCITY]] *= scale
+        self.state[[kalman.VARIANCE, kalman.COVARIANCE, kalman.VELOCITY_VARIANCE]] *= scale * scale
+        self.state[kalman.MEAN, kalman.ANGLE] = after[:, 4]
+        self.detected = boxes.scaled(self.detected, x, y)
+
+    def _predict(self, frames: float = 1.0) -> None:
         lost = self.status == LOST
         self.state[kalman.VELOCITY, kalman.HEIGHT][lost] = 0.0
         if not self.official:
-            self.state[kalman.VELOCITY][:, lost] *= LOST_DAMPING
-        predicted = kalman.predict(self.state)
+            self.state[kalman.VELOCITY][:, lost] *= LOST_DAMPING**frames
+        predicted = kalman.predict(self.state, frames)
         if self.official:
             still = self.status == TENTATIVE
             predicted[:, :, still] = self.state[:, :, still]
         self.state = predicted
 
     def boxes(self, rows: Indices | slice) -> NDArray[np.float64]:
-        """(R, 4) corners of the filtered boxes."""
-        return corners(self.state[kalman.MEAN][:, rows])
+        """(R, 4) corners of the filtered boxes; of rotated ones (R, 5) cxcywhr."""
+        mean = self.state[kalman.MEAN][:, rows]
+        return turned_boxes(mean) if self.turned else corners(mean)
 
     def correct(
-        self, frame: int, rows: Indices, detections: Detections, chosen: Indices, xyah: Array
+        self, frame: float, rows: Indices, detections: Detections, chosen: Indices, found: Array, xyah: Array
     ) -> None:
-        """Tracks `rows` were matched with detections `chosen`; xyah: (4, M) of all the detections."""
-        self.state[:, :, rows] = kalman.update(self.state.take(rows, axis=2), xyah.take(chosen, axis=1))
+        """Tracks `rows` were matched with detections `chosen`; of all the detections, found: their boxes as
+        `boxes` gives the tracks', xyah: `measurements`.
+        """
+        state, measured = self.state.take(rows, axis=2), xyah.take(chosen, axis=1)
+        if self.turned:
+            measured = kalman.aligned(state[kalman.MEAN], measured)
+        self.state[:, :, rows] = kalman.update(state, measured)
         self.confirmed += int(np.count_nonzero(self.status[rows] == TENTATIVE))
         self.status[rows] = TRACKED
         self.seen[rows] = frame
         self.score[rows] = detections.score[chosen]
-        self.detected[rows] = detections.xyxy.take(chosen, axis=0)
+        self.detected[rows] = found.take(chosen, axis=0)
         if self.feature is not None and detections.embedding is not None:
             blend = FEATURE_MOMENTUM * self.feature.take(rows, axis=0)
             blend += (1 - FEATURE_MOMENTUM) * detections.embedding.take(chosen, axis=0)
@@ -167,9 +228,16 @@ class TrackTable:
         self.status[rows] = np.where(self.status[rows] == TENTATIVE, ENDED, LOST)
 
     def start(
-        self, frame: int, detections: Detections, chosen: Indices, xyah: Array, *, confirmed: bool
+        self,
+        frame: float,
+        detections: Detections,
+        chosen: Indices,
+        found: Array,
+        xyah: Array,
+        *,
+        confirmed: bool,
     ) -> None:
-        """Begin a track for each chosen detection, tentative unless confirmed."""
+        """Begin a track for each chosen detection, tentative unless confirmed. The rest as in `correct`."""
         count = len(chosen)
         if not count:
             return
@@ -179,15 +247,15 @@ class TrackTable:
         self.status = np.append(self.status, np.full(count, TRACKED if confirmed else TENTATIVE, np.int8))
         self.label = np.append(self.label, detections.label[chosen])
         self.score = np.append(self.score, detections.score[chosen])
-        self.born = np.append(self.born, np.full(count, frame))
-        self.seen = np.append(self.seen, np.full(count, frame))
+        self.born = np.append(self.born, np.full(count, float(frame)))
+        self.seen = np.append(self.seen, np.full(count, float(frame)))
         self.expired = np.append(self.expired, np.zeros(count, bool))
-        self.detected = np.concatenate((self.detected, detections.xyxy[chosen]))
+        self.detected = np.concatenate((self.detected, found[chosen]))
         self.state = np.concatenate((self.state, kalman.initiate(xyah[:, chosen])), axis=2)
         if self.feature is not None and detections.embedding is not None:
             self.feature = np.concatenate((self.feature, detections.embedding[chosen]), dtype=np.float32)
 
-    def end_overdue(self, frame: int) -> None:
+    def end_overdue(self, frame: float) -> None:
         """End what has been lost for longer than the buffer."""
         lost = self.status == LOST
         overdue = lost & (frame - self.seen > self.buffer)
@@ -225,6 +293,7 @@ class TrackTable:
         """Forget what has ended; the tracked ones are the frame's result."""
         self._forget_ended()
         shown = (self.status == TRACKED).nonzero()[0]
+        angle = None
         xyxy = self.boxes(shown) if self.official else self.detected.take(shown, axis=0)
         if self.official:
             size = xyxy[:, 2:] - xyxy[:, :2]
@@ -232,6 +301,13 @@ class TrackTable:
                 size[:, 0] <= OFFICIAL_MAX_ASPECT * size[:, 1]
             )
             shown, xyxy = shown[wanted], xyxy[wanted]
+        elif self.turned:
+            xyxy, angle = boxes.unturned(xyxy), boxes.half_turned(xyxy[:, 4])
         return Tracks(
-            id=self.id[shown], xyxy=xyxy, score=self.score[shown], label=self.label[shown], names=self.names
+            id=self.id[shown],
+            xyxy=xyxy,
+            score=self.score[shown],
+            label=self.label[shown],
+            names=self.names,
+            angle=angle,
         )

@@ -15,7 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracker.association.lifecycle import TrackTable, measurements
-from tracker.matching import NO_PAIRS, Indices, Pairs, assign, cosine_distance, gated, overlaps
+from tracker.boxes import turned
+from tracker.matching import (
+    NO_PAIRS,
+    Indices,
+    Pairs,
+    assign,
+    cosine_distance,
+    gated,
+    overlaps,
+    turned_overlaps,
+)
 from tracker.types import Detections, Tracks
 
 Mask = NDArray[np.bool_]
@@ -28,13 +38,18 @@ class Step:
     matched is left out by itself.
     """
 
-    def __init__(self, table: TrackTable, frame: int, detections: Detections) -> None:
+    def __init__(self, table: TrackTable, frame: float, detections: Detections) -> None:
         self.table, self.frame, self.detections = table, frame, detections
         self.first = table.advance(frame)
+        table.expect(detections)
         self.status = table.status
-        self.predicted = table.boxes(slice(None))  # (N, 4)
-        self.xyxy = detections.xyxy.astype(np.float64)  # (M, 4)
-        self.xyah = measurements(self.xyxy)  # (4, M)
+        self.predicted = table.boxes(slice(None))  # (N, 4), with angles (N, 5)
+        self.found = detections.xyxy.astype(np.float64)  # (M, 4), with angles (M, 5)
+        self.xyah = measurements(self.found, detections.angle)  # (4, M), with angles (5, M)
+        self._overlaps = turned_overlaps if table.turned else overlaps
+        if table.turned:
+            angle = detections.angle if detections.angle is not None else np.empty(0)
+            self.found = turned(self.found, angle.astype(np.float64))
         self.free_track = np.ones(len(table), bool)
         self.free_detection = np.ones(len(detections), bool)
         self._matches: list[tuple[Indices, Indices]] = []
@@ -44,7 +59,7 @@ class Step:
         rows, columns = self._free(tracks, detections)
         if not (len(rows) and len(columns)):  # the later rounds often have nobody left, and calls cost
             return NO_PAIRS
-        near = overlaps(self.predicted.take(rows, axis=0), self.xyxy.take(columns, axis=0))
+        near = self._overlaps(self.predicted.take(rows, axis=0), self.found.take(columns, axis=0))
         return self._of_one_class(near, rows, columns)
 
     def resembling(
@@ -77,10 +92,10 @@ class Step:
         table, frame, detections = self.table, self.frame, self.detections
         if self._matches:
             rows, chosen = (np.concatenate(part) for part in zip(*self._matches, strict=True))
-            table.correct(frame, rows, detections, chosen, self.xyah)
+            table.correct(frame, rows, detections, chosen, self.found, self.xyah)
         table.miss(self.free_track.nonzero()[0])
         born = (self.free_detection & newborn).nonzero()[0]
-        table.start(frame, detections, born, self.xyah, confirmed=self.first)
+        table.start(frame, detections, born, self.found, self.xyah, confirmed=self.first)
         table.end_overdue(frame)
         if table.official:
             table.end_duplicates()

@@ -69,11 +69,13 @@ class Detector(ABC):
     transfers: waits for the device and copies from there so far.
     describe: the manifest of an ONNX file of its family, from its runtime, onnx_sha256, names, size and
         precision by name, and what else the family knows of.
+    layouts: what it calls the different outputs that its exporters write, where there are several.
     """
 
     embeds = False
     config_type: ClassVar[type[DetectorConfig]]
     describe: ClassVar[Callable[..., Manifest]]
+    layouts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, runtime: Runtime, manifest: Manifest, config: DetectorConfig) -> None:
         """Raises EngineError where the engine does not take or give what the manifest says, ConfigError

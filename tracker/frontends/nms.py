@@ -6,8 +6,12 @@ depend on the data, so on a GPU each call waits for it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from tracker.boxes import enclosing, rotated_iou
 
 
 def strongest(score: Tensor, group: Tensor, limit: int) -> Tensor:
@@ -29,17 +33,37 @@ def nms(xyxy: Tensor, score: Tensor, group: Tensor, *, iou_threshold: float, blo
     xyxy: (K, 4) float32 corners. score: (K,). group: (K,) whatever keeps boxes apart, such as image and
     class, as numbers below 2²⁴.
     """
-    order = score.argsort(descending=True, stable=True)
     area = (xyxy[:, 2:] - xyxy[:, :2]).prod(dim=1, keepdim=True)
-    boxes = torch.cat((xyxy, area, group[:, None]), dim=1)[order].T.contiguous()  # (6, K)
+    return _greedy(torch.cat((xyxy, area, group[:, None]), dim=1), score, iou_threshold, block, _covers)
+
+
+def rotated_nms(
+    cxcywhr: Tensor, score: Tensor, group: Tensor, *, iou_threshold: float, block: int = 128
+) -> Tensor:
+    """As `nms`, of rotated boxes (K, 5) in the host's memory."""
+    around = torch.from_numpy(enclosing(cxcywhr.numpy()))
+    rows = torch.cat((around, group[:, None], cxcywhr), dim=1).double()
+    return _greedy(rows, score, iou_threshold, block, _covers_turned)
+
+
+def _greedy(
+    rows: Tensor,
+    score: Tensor,
+    iou_threshold: float,
+    block: int,
+    covers: Callable[[Tensor, Tensor, float], Tensor],
+) -> Tensor:
+    """`nms` of rows (K, V). covers: of two parts of them, (V, N) and (V, M), as `_covers`."""
+    order = score.argsort(descending=True, stable=True)
+    boxes = rows[order].T.contiguous()  # (V, K)
     kept = [order[:0]]
     while len(order):
         head, boxes = boxes[:, :block], boxes[:, block:]
-        strong = _unsuppressed(_covers(head, head, iou_threshold))
+        strong = _unsuppressed(covers(head, head, iou_threshold))
         kept.append(order[:block][strong])
         order = order[block:]
         if len(order):
-            free = _covers(head[:, strong], boxes, iou_threshold).sum(dim=0) == 0
+            free = covers(head[:, strong], boxes, iou_threshold).sum(dim=0) == 0
             boxes, order = boxes[:, free], order[free]
     return torch.cat(kept)
 
@@ -55,6 +79,17 @@ def _covers(first: Tensor, second: Tensor, iou_threshold: float) -> Tensor:
     inter = size[0].mul_(size[1])
     union = (first[4] + second[4]).sub_(inter)
     return inter.gt_(union.mul_(iou_threshold)).mul_(first[5] == second[5])
+
+
+def _covers_turned(first: Tensor, second: Tensor, iou_threshold: float) -> Tensor:
+    """As `_covers`. Rows of both: the enclosing boxes' corners, group, cxcywhr."""
+    a, b = first[:, :, None], second[:, None]
+    near = (torch.minimum(a[2:4], b[2:4]) > torch.maximum(a[:2], b[:2])).all(dim=0) & (a[4] == b[4])
+    row, column = near.nonzero(as_tuple=True)
+    shared = rotated_iou(first[5:, row].T.numpy(), second[5:, column].T.numpy())
+    covers = torch.zeros(near.shape)
+    covers[row, column] = torch.from_numpy(shared > iou_threshold).float()
+    return covers
 
 
 def _unsuppressed(covers: Tensor) -> Tensor:

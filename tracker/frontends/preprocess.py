@@ -14,7 +14,7 @@ from tracker.pixels import Workspace, network_input, to_host
 from tracker.types import Frame, Runtime
 
 _FITS = {"corner": fit_corner, "center": fit_center, "stretch": fit_stretch}
-_INTERPOLATIONS = {"linear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA}
+_INTERPOLATIONS = {"linear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA, "cubic": cv2.INTER_CUBIC}
 
 
 class Preprocessor:

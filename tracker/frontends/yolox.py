@@ -66,6 +66,7 @@ class Yolox(Detector):
     """The front end. Raises EngineError for an engine that does not fit, ConfigError for unknown classes."""
 
     config_type = YoloxConfig
+    layouts = LAYOUTS
 
     def __init__(self, runtime: Runtime, manifest: Manifest, config: YoloxConfig | None = None) -> None:
         self._config = config or YoloxConfig()

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from tracker.boxes import enclosing, polygons, turned
 from tracker.types import Track, Tracks
 
 Pixels = NDArray[np.uint8]
@@ -69,6 +70,11 @@ class Trails:
     def clear(self) -> None:
         self._steps.clear()
 
+    def shorten(self, frames: int) -> None:
+        """Forget all but the newest so many."""
+        while len(self._steps) > frames:
+            self._steps.popleft()
+
     def strokes(self) -> tuple[Points, NDArray[np.intp], NDArray[np.int64], NDArray[np.float64]]:
         """All points (P, 2), by id and from old to new, and how they fall into S pieces, each of one id and
         about one age: where the pieces start (S,), their ids (S,), and freshness (S,), 1 for now down to 0.
@@ -97,15 +103,22 @@ class Painter:
             self.trails.clear()  # their points are pixels of another size
             self._shape = image.shape
         edge = np.array([width, height, width, height])
-        xyxy = np.clip(np.asarray(tracks.xyxy, np.float64), -edge, 2 * edge)  # OpenCV's numbers are 32 bits
-        self.trails.add(tracks.id, np.column_stack((xyxy[:, [0, 2]].mean(axis=1), xyxy[:, 3])))
+        xyxy, rotated = np.asarray(tracks.xyxy, np.float64), None
+        if tracks.angle is not None:
+            rotated = turned(xyxy, tracks.angle)
+            xyxy = enclosing(rotated)
+        xyxy = np.clip(xyxy, -edge, 2 * edge)  # OpenCV's numbers are 32 bits
+        # What has angles is seen from above, where nothing stands on its lower edge.
+        foot = xyxy[:, 3] if rotated is None else xyxy[:, [1, 3]].mean(axis=1)
+        self.trails.add(tracks.id, np.column_stack((xyxy[:, [0, 2]].mean(axis=1), foot)))
         line = max(2, round(height / 300))
         _draw_trails(image, self.trails, line)
         inside = np.flatnonzero((xyxy[:, :2] < edge[:2]).all(axis=1) & (xyxy[:, 2:] > 0).all(axis=1))
         nearest_last = inside[np.argsort(xyxy[inside, 3], kind="stable")]  # the lowest foot looks nearest
         shades = colours(tracks.id[nearest_last]).tolist()
-        for box, shade in zip(xyxy[nearest_last], shades, strict=True):
-            _draw_box(image, box, shade, line)
+        outlines, draw = (xyxy, _draw_box) if rotated is None else (rotated, _draw_turned)
+        for box, shade in zip(outlines[nearest_last], shades, strict=True):
+            draw(image, box, shade, line)
         corners = xyxy[nearest_last, :2] - line / 2
         _draw_labels(image, [tracks[i] for i in nearest_last], corners, shades)
 
@@ -135,6 +148,15 @@ def _draw_box(image: Pixels, xyxy: Points, shade: list[int], line: int) -> None:
     for corners, colour, width in ((xyxy + rim, _INK, max(1, line // 3)), (xyxy, shade, line)):
         low, high = _fixed_point(corners).reshape(2, 2).tolist()
         cv2.rectangle(image, low, high, colour, width, cv2.LINE_AA, _FRACTION_BITS)
+
+
+def _draw_turned(image: Pixels, cxcywhr: Points, shade: list[int], line: int) -> None:
+    """As `_draw_box`, of a rotated one."""
+    rim = np.array([0, 0, line + 2, line + 2, 0])
+    far = 8 * max(image.shape)
+    for box, colour, width in ((cxcywhr + rim, _INK, max(1, line // 3)), (cxcywhr, shade, line)):
+        points = _fixed_point(np.clip(polygons(box), -far, far))
+        cv2.polylines(image, [points], True, colour, width, cv2.LINE_AA, _FRACTION_BITS)
 
 
 class _Lettering:
