@@ -9,9 +9,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 import pytest
+from cameras import camera, demo_feed, lossy_camera
 
 if TYPE_CHECKING:
     import torch
+
+__all__ = ["camera", "demo_feed", "lossy_camera"]  # fixtures for all modules
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("TRACKER_DATA", ROOT.parent / "shared" / "data"))

@@ -36,6 +36,8 @@ from tracker.session import Options, Session
 from tracker.sinks import JsonlSink, MotSink, open_sinks
 from tracker.types import Detections, Frame, Outcome, Transfers
 
+pytestmark = pytest.mark.alone
+
 Batch = tuple[list[Frame], list[Detections]]
 NAMES = ("person", "car")
 
@@ -271,7 +273,7 @@ def test_leaving_with_work_under_way_leaves_no_process() -> None:
 
 
 def test_a_worker_that_hangs_does_not_outlive_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tracker.crew.GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("tracker.children.GRACE_SECONDS", 0.2)
     with ProcessCrew([Duty(name="clip", associate=partial(Breaking, at=0))], 1) as crew:
         list(crew.associate(*batches(1, 1)[0]))
     assert not pids_of_children()
@@ -498,7 +500,9 @@ class Gpu:
 
 
 def pretend(frontend: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    about = SimpleNamespace(engine_sha256="0" * 64, frontend="fake", precision="fp16")
+    about = SimpleNamespace(
+        engine_sha256="0" * 64, frontend="fake", precision="fp16", thresholds=lambda tracker: {}
+    )
     monkeypatch.setattr("tracker.session.open_engine", lambda *_, **__: (frontend, about))
 
 

@@ -293,7 +293,7 @@ def open_files() -> list[str]:
 
 
 def test_an_unknown_kind_is_refused_before_any_file_is_touched(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot save 'csv': choose among mot, jsonl, video"):
+    with pytest.raises(ConfigError, match="cannot save 'csv': choose among mot, jsonl, dota, video"):
         open_sinks(["mot", "csv"], tmp_path / "out", "clip", frame_rate=10)
     assert not (tmp_path / "out").exists()
 

@@ -410,8 +410,8 @@ def test_what_cannot_be_read_says_why(tmp_path: Path, make: object, words: str) 
         "webcam:0",
     ],
 )
-def test_live_sources_come_later(spec: str | Path) -> None:
-    with pytest.raises(SourceError, match="sources are live and not in this version") as error:
+def test_live_sources_are_no_files(spec: str | Path) -> None:
+    with pytest.raises(SourceError, match="live sources run by themselves") as error:
         open_source(spec)
     assert "secret" not in str(error.value) and "\n" not in str(error.value)
 

@@ -24,9 +24,10 @@ def track(
             for track in tracks:
                 print(frame.index, track.id, track.xyxy, track.score, track.label)
 
-    Of several sources `frame.source` says which one a frame is from. Writes nothing unless `save` names
-    kinds of result ("mot", "jsonl", "video"); the other options are the fields of `session.Options`, which
-    are those of the command. Stop iterating whenever you like: threads and files are closed with the
+    Of several sources `frame.source` says which one a frame is from. Live ones (`rtsp://…`, `webcam:0`, or
+    files with realtime=True) go on until you stop. Writes nothing unless `save` names kinds of result
+    ("mot", "jsonl", "dota", "video"); the other options are the fields of `session.Options`, which are those
+    of the command. Stop iterating whenever you like: threads and files are closed with the
     iterator, and results of an unfinished run stay marked partial.
 
     Raises TrackerError at the first step for a source, engine or option that cannot be used; and at the
@@ -34,13 +35,15 @@ def track(
     were damaged or missing are counted, not raised: the command's exit code 1 is the summary's business.
     """
     # Torch, OpenCV and the engine's runtime load here, so that `import tracker` costs nothing.
+    from tracker.live import open_session
     from tracker.session import Session, options_from
 
     sources = [source] if isinstance(source, str) or hasattr(source, "__fspath__") else list(source)
     named = {"sources": [str(each) for each in sources], "engine": str(engine), "save": save}
-    with Session(options_from({**options, **named})) as session:
+    with open_session(options_from({**options, **named})) as session:
         for frame, tracks in session:
             yield frame, list(tracks)
-        for stream in session.streams:
-            if stream.feed.error is not None:
-                raise stream.feed.error
+        streams = session.streams if isinstance(session, Session) else session.streams.all()
+        for stream in streams:
+            if stream.error is not None:
+                raise stream.error

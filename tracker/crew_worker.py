@@ -6,17 +6,15 @@ answers on its standard output until the input ends; it opens no file and keeps 
 
 from __future__ import annotations
 
-import io
-import os
-import signal
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from time import perf_counter
 from typing import Any, NamedTuple
 
 from tracker import wire
+from tracker.children import pipes_here
 from tracker.errors import TrackerError
 from tracker.types import Association, Detections, Frame, Tracks
 
@@ -29,12 +27,14 @@ class Duty:
     """What is to be done for one source. Another process must be able to import both kinds of function.
 
     name: of the source, for messages. associate: starts its association. lines_of: words a frame, for each
-    text result.
+    text result. frame_rate: of a live source, whose frames are as far apart as their times say, not their
+    numbers; None for one whose frames are all there.
     """
 
     name: str
     associate: Callable[[], Association]
     lines_of: tuple[Callable[[Frame, Tracks], str], ...] = ()
+    frame_rate: float | None = None
 
 
 class Post:
@@ -46,12 +46,18 @@ class Post:
     def __init__(self, duty: Duty) -> None:
         self.association = duty.associate()
         self._lines_of = duty.lines_of
+        self._frame_rate = duty.frame_rate
+        self._size: tuple[int, int] | None = None
         self.associate_seconds = self.format_seconds = 0.0
 
     def follow(self, frame: Frame, detections: Detections) -> tuple[Tracks, tuple[bytes, ...]]:
         """The frame's tracks, and its lines for each text result."""
         begun = perf_counter()
-        tracks = self.association.update(frame.index, detections)
+        if self._size not in (None, frame.size):  # of the same view: a camera was set to another one
+            self.association.rescale(frame.size[0] / self._size[0], frame.size[1] / self._size[1])
+        self._size = frame.size
+        moment = frame.index if self._frame_rate is None else frame.pts_seconds * self._frame_rate
+        tracks = self.association.update(moment, detections)
         associated = perf_counter()
         texts = tuple(lines_of(frame, tracks).encode() for lines_of in self._lines_of)
         self.associate_seconds += associated - begun
@@ -66,6 +72,7 @@ class Task(NamedTuple):
     frame_index: int
     pts_seconds: float
     size: tuple[int, int]
+    received: float | None
 
 
 class Done(NamedTuple):
@@ -91,10 +98,18 @@ class Answer(NamedTuple):
 class Worker:
     """Answers messages. duties: by source."""
 
-    def __init__(self, duties: dict[int, Duty]) -> None:
-        self._duties = duties
+    def __init__(self, duties: Mapping[int, Duty]) -> None:
+        self._duties = dict(duties)
         self._posts: dict[int, Post] = {}
         self._names: dict[int, tuple[str, ...]] = {}
+
+    def change(self, duties: Mapping[int, Duty | None]) -> None:
+        """Take on duties, by source, and give up those that are None."""
+        for source, duty in duties.items():
+            for of_source in (self._duties, self._posts, self._names):
+                of_source.pop(source, None)
+            if duty is not None:
+                self._duties[source] = duty
 
     def answer(
         self, tasks: Sequence[Task], arrays: Sequence[wire.Array | None]
@@ -121,7 +136,11 @@ class Worker:
         if post is None:
             post = self._posts[task.source] = Post(self._duties[task.source])
         frame = Frame(
-            source=task.source, index=task.frame_index, pts_seconds=task.pts_seconds, size=task.size
+            source=task.source,
+            index=task.frame_index,
+            pts_seconds=task.pts_seconds,
+            size=task.size,
+            received=task.received,
         )
         detections = Detections(**dict(zip(DETECTION_COLUMNS, columns, strict=True)))
         tracks, texts = post.follow(frame, detections)
@@ -151,12 +170,7 @@ class Worker:
 
 def work() -> None:
     """The whole life of a worker process."""
-    # Whoever interrupts the run means its main process, which will close the input here.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    requests = io.BufferedReader(io.FileIO(0, closefd=False))
-    answers = io.FileIO(os.dup(1), "w")
-    os.dup2(2, 1)  # what some library prints must not get between the answers
+    requests, answers = pipes_here()
     with suppress(BrokenPipeError):  # nobody wants to know any more
         try:
             message = wire.read(requests)
@@ -167,4 +181,8 @@ def work() -> None:
             return
         worker = Worker({} if message is None else message[0])
         while (message := wire.read(requests)) is not None:
-            wire.write(answers, *worker.answer(*message))
+            content, arrays = message
+            if isinstance(content, dict):
+                worker.change(content)
+            else:
+                wire.write(answers, *worker.answer(content, arrays))

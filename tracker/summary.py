@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Stage:
         return {"ms_per_frame": round(per_frame, 3), "fps": round(rate, 1)}
 
 
+@cache
 def versions() -> dict[str, str]:
     """Of Python and of every package the results depend on."""
     found = {"python": platform.python_version()}
@@ -55,6 +57,7 @@ def write_summary(
     wall_seconds: float,
     stages: list[Stage],
     workers: int,
+    decoders: int,
     device: str,
     batches: int,
     transfers: Transfers,
@@ -64,7 +67,8 @@ def write_summary(
 ) -> Path:
     """Write `<stem>.summary.json`, under its partial name unless complete. Raises SinkError.
 
-    wall_seconds, stages, workers, batches, transfers, all_frames: of the whole run, over all its sources.
+    wall_seconds, stages, workers, decoders, batches, transfers, all_frames: of the whole run, over all its
+    sources.
     """
     summary = {
         "source": source,
@@ -77,6 +81,7 @@ def write_summary(
         "fps": round(tracked_frames / wall_seconds, 2) if wall_seconds > 0 else 0.0,
         "stages": {stage.name: stage.to_json() for stage in stages},
         "workers": workers,
+        "decoders": decoders,
         "transfers": {
             "device": device,
             "batches": batches,
@@ -89,6 +94,49 @@ def write_summary(
         "tracker": dict(tracker),
         "versions": versions(),
     }
+    return _write(directory, stem, summary, complete=complete)
+
+
+def write_live_summary(
+    directory: Path,
+    stem: str,
+    *,
+    complete: bool,
+    status: Mapping[str, Any],
+    counts: FrameCounts,
+    wall_seconds: float,
+    stages: list[Stage],
+    workers: int,
+    ages_ms: Mapping[str, float],
+    engine: Mapping[str, Any],
+    tracker: Mapping[str, Any],
+) -> Path:
+    """Write `<stem>.summary.json` of a live stream, under its partial name unless complete. Raises SinkError.
+
+    status: `streams.Status` as JSON. wall_seconds, stages, workers, ages_ms: of the whole run, over all its
+    streams.
+    """
+    frames = {**asdict(counts), "tracked": status["frames"]["tracked"]}
+    frames["dropped"] = sum(status["dropped"].values())
+    summary = {
+        "source": status["address"],
+        "complete": complete,
+        **{name: value for name, value in status.items() if name not in ("address", "frames")},
+        "frames": frames,
+        "wall_seconds": round(wall_seconds, 3),
+        "run": {
+            "age_ms": dict(ages_ms),
+            "stages": {stage.name: stage.to_json() for stage in stages},
+            "workers": workers,
+        },
+        "engine": dict(engine),
+        "tracker": dict(tracker),
+        "versions": versions(),
+    }
+    return _write(directory, stem, summary, complete=complete)
+
+
+def _write(directory: Path, stem: str, summary: Mapping[str, Any], *, complete: bool) -> Path:
     file = PartialFile(directory, stem, ".summary.json")
     try:
         with file.step():

@@ -1,4 +1,4 @@
-"""Sinks: where tracks are kept. MOTChallenge text, JSON lines, annotated video.
+"""Sinks: where tracks are kept. MOTChallenge and DOTA-style text, JSON lines, annotated video.
 
 Every sink writes one source's results under a partial name, and gives the file its final name when it is
 closed as complete; see `output`.
@@ -11,16 +11,18 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tracker.errors import ConfigError
+from tracker.sinks.dota import DotaSink
 from tracker.sinks.jsonl import JsonlSink
 from tracker.sinks.mot import MotSink
 from tracker.sinks.video import VideoSink
 from tracker.types import Sink
 
-__all__ = ["KINDS", "JsonlSink", "MotSink", "VideoSink", "open_sinks"]
+__all__ = ["KINDS", "DotaSink", "JsonlSink", "MotSink", "VideoSink", "open_sinks"]
 
 _OPENERS: dict[str, Callable[[Path, str, float], Sink]] = {
     "mot": lambda directory, stem, frame_rate: MotSink(directory, stem),
     "jsonl": lambda directory, stem, frame_rate: JsonlSink(directory, stem),
+    "dota": lambda directory, stem, frame_rate: DotaSink(directory, stem),
     "video": lambda directory, stem, frame_rate: VideoSink(directory, stem, frame_rate=frame_rate),
 }
 KINDS = tuple(_OPENERS)

@@ -186,7 +186,7 @@ class VideoSink:
 
     def _add(self, frame: Frame, image: Image, tracks: Tracks) -> None:
         """The worker's job, one frame at a time."""
-        height, width = image.planes[0].shape[:2]
+        width, height = frame.size
         picture = to_bgr(image, out=self._work.array("picture", height, width, 3), work=self._work)
         self._painter.draw(picture, tracks)
         with self._file.step(), _encoding(f"frame {frame.index + 1} ({width}×{height})"):

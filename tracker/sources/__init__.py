@@ -1,4 +1,5 @@
-"""Where frames come from: video files and images. `open_source` chooses by what it is given.
+"""Where frames come from: video files, images and live sources. `open_source` and `connect_to` choose by what
+they are given.
 
 Siblings here share `Reader` (open once, read once, close any time) and the limit on picture sizes; nothing
 in this package knows what is done with a frame.
@@ -7,25 +8,36 @@ in this package knows what is done with a frame.
 from __future__ import annotations
 
 import glob
-import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from tracker.addresses import LIVE_SCHEMES, parse, scheme_of
 from tracker.errors import ConfigError, EngineError, SourceError
+from tracker.sources.connections import Connect, Network, Replay, Webcam
 from tracker.sources.file import VideoFile
 from tracker.sources.images import ImageFolder, is_image
 from tracker.sources.limits import MAX_PIXELS
+from tracker.sources.live import LiveSettings, LiveSource
 from tracker.sources.nvdec import Look, NvdecFile, examine
 from tracker.types import Source
 
-__all__ = ["MAX_PIXELS", "Decode", "ImageFolder", "NvdecFile", "VideoFile", "open_source"]
+__all__ = [
+    "MAX_PIXELS",
+    "Decode",
+    "ImageFolder",
+    "LiveSettings",
+    "LiveSource",
+    "NvdecFile",
+    "VideoFile",
+    "connect_to",
+    "open_source",
+]
 
 Decode = Literal["auto", "cpu", "gpu"]
-
-# Path() turns "rtsp://" into "rtsp:/". One letter before the colon is a drive.
-_NOT_LOCAL = re.compile(r"([a-z][a-z0-9+.-]+:/{1,2}|webcam:)", re.IGNORECASE)
 
 
 def open_source(
@@ -47,10 +59,11 @@ def open_source(
     read shows on entering at the latest. Raises ConfigError for NVDEC without a GPU, EngineError without its
     library.
     """
-    if live := _NOT_LOCAL.match(str(spec)):
+    scheme = scheme_of(str(spec))
+    if scheme is not None and (scheme in LIVE_SCHEMES or f"{scheme}:/" in str(spec).lower()):
         raise SourceError(
-            f"{live[1]} sources are live and not in this version, which reads video files and images: "
-            "record to a file first"
+            f"{scheme}: is no file or directory: live sources run by themselves, not among files, and are "
+            f"{', '.join(LIVE_SCHEMES)}; a file to be replayed wants --realtime"
         )
     path = Path(spec)
     pattern = glob.has_magic(str(spec)) and not path.exists()
@@ -77,3 +90,50 @@ def _look(path: Path, gpu: torch.device, decode: Decode, max_pixels: int) -> Loo
     if isinstance(look, str) and decode == "gpu":
         raise SourceError(f"{path}: NVDEC cannot decode it, because {look}: use --decode auto")
     return look
+
+
+def connect_to(
+    spec: str,
+    settings: LiveSettings,
+    *,
+    trusted: bool = True,
+    allow_local: bool = False,
+    loop: bool = False,
+    replay: bool = False,
+    gpu: torch.device | None = None,
+    decode: Decode = "auto",
+) -> tuple[str, str, Connect]:
+    """A live source by its address: the name it should have, its address for people, and how to connect.
+
+    trusted: False for addresses that strangers gave: network cameras only, and none on this machine or on
+    link-local addresses unless allow_local. replay: files are allowed, replayed at their own pace, with loop
+    for ever.
+
+    Raises ConfigError for an address that is not allowed here. Whether anybody answers, nobody knows yet.
+    """
+    scheme = scheme_of(spec)
+    if scheme == "file" or scheme is None:
+        if not (replay and trusted):
+            raise ConfigError(
+                "a file is no live source: leave out --live to track it, or add --realtime to replay it"
+            )
+        path = Path(spec.removeprefix("file://") if scheme else spec)
+        if not path.exists():
+            raise SourceError(f"{path}: no such file or directory")
+        opened: Callable[[], Source] = partial(open_source, path, gpu=gpu, decode=decode)
+        return path.stem, str(path), Replay(opened, loop=loop)
+    schemes = LIVE_SCHEMES if trusted else tuple(each for each in LIVE_SCHEMES if each != "webcam")
+    address = parse(spec, schemes=schemes)
+    if scheme == "webcam":
+        return address.name, address.shown, Webcam(address, max_pixels=settings.max_pixels)
+    network = Network(
+        address,
+        rtsp_transport=settings.rtsp_transport,
+        open_seconds=settings.open_seconds,
+        silence_seconds=settings.silence_seconds,
+        verify_tls=settings.verify_tls,
+        max_pixels=settings.max_pixels,
+        allow_local=trusted or allow_local,
+        decoder="CPU" if gpu is None else "CPU, because NVDEC is for files in this version",
+    )
+    return address.name, address.shown, network

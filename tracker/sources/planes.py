@@ -12,6 +12,7 @@ from functools import lru_cache
 import av
 import numpy as np
 from av.buffer import Buffer
+from av.sidedata.sidedata import SideDataContainer
 from numpy.typing import NDArray
 
 from tracker.types import Image, YuvMatrix
@@ -122,7 +123,9 @@ def _upright(planes: tuple[Pixels, ...], turn: Turn) -> tuple[Pixels, ...]:
 def _display_matrix(picture: av.VideoFrame) -> tuple[float, ...]:
     """(a, b, c, d) of x' = a·x + c·y, y' = b·x + d·y, as in the mp4 track header."""
     try:
-        matrix = picture.side_data.get("DISPLAYMATRIX")
+        # Not picture.side_data: a picture keeps what that gives, which keeps the picture, so that each would
+        # stay in memory until Python looks for such circles.
+        matrix = SideDataContainer(picture).get("DISPLAYMATRIX")  # type: ignore[call-arg]  # its stubs miss it
     except ValueError:
         # PyAV does not know every kind of side data (Exif, for one) and then gives none of it. The angle
         # it reads by another way; only a mirroring goes unnoticed.
