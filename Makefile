@@ -8,7 +8,8 @@ demo: .venv/demo.done
 	$(BIN)/python tools/demo.py
 
 test: .venv/dev.done
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not alone'
+	$(BIN)/python -m pytest -m alone
 
 check: test check-only
 

@@ -126,14 +126,16 @@ def test_results_of_an_earlier_run_are_not_touched(
         (["CLIP", "--engine", "ENGINE", "--classes", "persn"], 1, "person"),
         (["CLIP", "--engine", "ENGINE", "--conf", "1.5"], 1, "between 0 and 1"),
         (["CLIP", "--engine", "ENGINE", "--max-frames", "0"], 1, "at least 1"),
-        (["CLIP", "--engine", "ENGINE", "--save", "gif"], 1, "mot, jsonl, video"),
+        (["CLIP", "--engine", "ENGINE", "--save", "gif"], 1, "mot, jsonl, dota, video"),
         (["CLIP", "--engine", "ENGINE", "--device", "cuda:0"], 1, "cuda"),
         (["CLIP", "--engine", "ENGINE", "--tracker", "jde"], 1, "embeddings"),
         (["CLIP", "--engine", "ENGINE", "--compat", "fairmot"], 1, "jde with fairmot"),
         (["CLIP", "--engine", "ENGINE", "--frontend", "fairmot5"], 1, "contradicts"),
         (["CLIP", "--engine", "ENGINE", "--config", "missing.toml"], 1, "missing.toml"),
         (["CLIP", "--engine", "CLIP"], 1, "clip.mp4"),
-        (["rtsp://user:secret@camera/1", "--engine", "ENGINE"], 1, "live"),
+        (["rtsp://user:secret@/1", "--engine", "ENGINE"], 1, "without a host"),
+        (["rtmp://user:secret@camera/1", "--engine", "ENGINE"], 1, "live sources run by themselves"),
+        (["CLIP", "--engine", "ENGINE", "--loop"], 1, "--realtime"),
         ([], 2, "SOURCE"),
         (["CLIP", "--engine"], 2, "--engine"),
         (["CLIP", "--engine", "ENGINE", "--tracker", "sort"], 2, "sort"),
@@ -303,3 +305,19 @@ def test_the_python_api_raises_what_the_command_would_say(engine: Path) -> None:
         next(tracker.track("missing.mp4", engine=engine))
     with pytest.raises(tracker.ConfigError, match="no option 'engin'"):
         next(tracker.track("missing.mp4", engine=engine, engin="typo"))
+
+
+def test_after_a_gpu_has_failed_the_process_ends_without_touching_it_again() -> None:
+    """torch aborts when it frees memory there; what stands for that here runs when Python ends."""
+    script = """
+import atexit, os, sys
+from tracker import cli
+from tracker.errors import DeviceError
+atexit.register(os.abort)
+def lost(*_, **__): raise DeviceError("cuda:0 failed: an illegal memory access was encountered")
+cli._track = lost
+sys.exit(cli.main(["video.mp4", "--engine", "x.engine"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "track: cuda:0 failed: an illegal memory access was encountered\n"
