@@ -32,6 +32,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--levels", default="1,1,1,1,1,1", help="blocks per level of DLA (default: %(default)s)"
     )
+    parser.add_argument(
+        "--deformable", action="store_true", help="upsample through deformable convolutions, as DLA-34 does"
+    )
     parser.add_argument("--embedding", type=int, default=64)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument(
@@ -85,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
             levels=tuple(int(count) for count in options.levels.split(",")),
             head_channels=options.head_channels,
             stem_stride=options.stem_stride,
-            deformable=False,
+            deformable=options.deformable,
         )
         config = TrainingConfig(
             model=model,
