@@ -25,17 +25,17 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_files import detector
 
 from tracker import manifest as manifests
-from tracker.deploy import calibrate_observe
 from tracker.deploy.build import build
-from tracker.deploy.calibrate import CalibrationConfig, calibrate
-from tracker.deploy.calibrate_frames import choose, chosen, find
-from tracker.deploy.calibrate_judge import Judge, JudgeConfig, disagreement, refit
-from tracker.deploy.calibrate_ranges import BINS, METHODS, Histogram
-from tracker.deploy.calibrate_search import fewest
+from tracker.deploy.calibration import observe as observing
+from tracker.deploy.calibration.calibrate import CalibrationConfig, calibrate
+from tracker.deploy.calibration.frames import choose, chosen, find
+from tracker.deploy.calibration.judge import Judge, JudgeConfig, disagreement, refit
+from tracker.deploy.calibration.ranges import BINS, METHODS, Histogram
+from tracker.deploy.calibration.search import fewest
 from tracker.deploy.export import ExportConfig, export_fairmot, generated_frames
 from tracker.deploy.islands import precision_of
 from tracker.deploy.lower import lowered
-from tracker.deploy.parity import Findings
+from tracker.deploy.parity.detections import Findings
 from tracker.deploy.plan import BuildConfig, _scales_in_fp32, compile_plan
 from tracker.deploy.precision import to_half
 from tracker.deploy.quantise import Quantiser, half_scales
@@ -621,13 +621,13 @@ class TestPixels:
         quantiser = Quantiser(onnx.load(small))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Histogram, "add", spy)
-            seen = calibrate_observe.observe(
+            seen = observing.observe(
                 quantiser.model, manifest, quantiser.tensors, [pictures], count=2, seed=0,
                 state=tmp_path / "a.npz",
             )  # fmt: skip
         fed = observed[id(seen.histograms["images"])]
         frames = list(chosen([pictures], seen.choice.places))
-        preprocess = calibrate_observe.Preprocessor(manifest.input, 1)
+        preprocess = observing.Preprocessor(manifest.input, 1)
         for values, frame in zip(fed, frames, strict=True):
             torch.testing.assert_close(values, preprocess([frame])[0], rtol=0, atol=0)
         assert seen.histograms["images"].counts.shape == (BINS,)

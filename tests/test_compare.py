@@ -23,22 +23,22 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 from tracker import manifest as manifests
-from tracker.deploy.calibrate import CalibrationConfig, calibrate
-from tracker.deploy.compare import CompareConfig, compare_sides, outputs_of, sample
-from tracker.deploy.compare_layers import Layers, layers_of_onnx, layers_of_torch, trace
-from tracker.deploy.compare_locate import Output, locate
-from tracker.deploy.compare_pairs import pair_layers
-from tracker.deploy.compare_probe import EngineProbe, OnnxProbe, TorchProbe
-from tracker.deploy.compare_receipt import Receipt
-from tracker.deploy.compare_sides import open_sides
-from tracker.deploy.compare_tensors import Comparison, compare, explain
+from tracker.deploy.calibration.calibrate import CalibrationConfig, calibrate
 from tracker.deploy.export import ExportConfig, export_fairmot, generated_frames
 from tracker.deploy.graph import Lowering
 from tracker.deploy.islands import precision_of
 from tracker.deploy.lower import lowered
 from tracker.deploy.onnx_weights import fairmot_of_onnx
-from tracker.deploy.parity import Findings, MatchConfig, compare_detections, equal_precision
-from tracker.deploy.parity_tracks import Followed, compare_tracks, follow, score, truth_of
+from tracker.deploy.parity.compare import CompareConfig, compare_sides, outputs_of, sample
+from tracker.deploy.parity.detections import Findings, MatchConfig, compare_detections, equal_precision
+from tracker.deploy.parity.layers import Layers, layers_of_onnx, layers_of_torch, trace
+from tracker.deploy.parity.locate import Output, locate
+from tracker.deploy.parity.pairs import pair_layers
+from tracker.deploy.parity.probe import EngineProbe, OnnxProbe, TorchProbe
+from tracker.deploy.parity.receipt import Receipt
+from tracker.deploy.parity.sides import open_sides
+from tracker.deploy.parity.tensors import Comparison, compare, explain
+from tracker.deploy.parity.tracks import Followed, compare_tracks, follow, score, truth_of
 from tracker.deploy.precision import to_half
 from tracker.errors import ConfigError, EngineError, SourceError
 from tracker.models.checkpoint import save_fairmot

@@ -25,8 +25,8 @@ from tracker.errors import ConfigError, TrackerError
 from tracker.evaluation import Benchmark
 
 if TYPE_CHECKING:
-    from tracker.deploy.calibrate import Calibrated, CalibrationConfig
-    from tracker.deploy.calibrate_observe import Progress
+    from tracker.deploy.calibration.calibrate import Calibrated, CalibrationConfig
+    from tracker.deploy.calibration.observe import Progress
 
 LINE_SECONDS = 15.0  # between lines where there is no terminal
 
@@ -100,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    from tracker.deploy.calibrate import CalibrationConfig, calibrate
-    from tracker.deploy.calibrate_judge import JudgeConfig
+    from tracker.deploy.calibration.calibrate import CalibrationConfig, calibrate
+    from tracker.deploy.calibration.judge import JudgeConfig
 
     config = CalibrationConfig(
         precision=options.precision,
@@ -160,7 +160,7 @@ def _tell(done: Calibrated, options: argparse.Namespace) -> None:
 
 
 def _report(done: Calibrated, config: CalibrationConfig, options: argparse.Namespace) -> None:
-    from tracker.deploy.calibrate_report import to_html, to_json
+    from tracker.deploy.calibration.report import to_html, to_json
     from tracker.deploy.plan import partial_file
 
     about = {"source": options.source.name, "data": [Path(each).name for each in options.data]}

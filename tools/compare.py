@@ -23,7 +23,7 @@ from tracker.errors import SinkError, TrackerError
 from tracker.evaluation import Benchmark
 
 if TYPE_CHECKING:
-    from tracker.deploy.compare import Step
+    from tracker.deploy.parity.compare import Step
 
 MEASURES = ("error", "pixels", "detections", "tracks", "hota")
 DIFFERENT = 3
@@ -119,10 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from tracker.deploy.compare import CompareConfig, compare_sides
-    from tracker.deploy.compare_report import show, to_json
-    from tracker.deploy.compare_sides import open_sides
-    from tracker.deploy.parity import MatchConfig
+    from tracker.deploy.parity.compare import CompareConfig, compare_sides
+    from tracker.deploy.parity.detections import MatchConfig
+    from tracker.deploy.parity.report import show, to_json
+    from tracker.deploy.parity.sides import open_sides
     from tracker.deploy.plan import BuildConfig
 
     config = CompareConfig(

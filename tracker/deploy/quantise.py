@@ -8,7 +8,7 @@
 
 INT8 is symmetric and zero points are 0, as TensorRT demands (Developer Guide, "Explicit Quantization").
 Scales are numbers that FP16 holds, so that casting the rest of the graph changes none. Knows ONNX and what
-TensorRT fuses; where ranges come from, `calibrate_ranges` knows.
+TensorRT fuses; where ranges come from, `calibration.ranges` knows.
 """
 
 from __future__ import annotations

@@ -20,13 +20,13 @@ import torch
 
 from tracker.association import make_association
 from tracker.deploy.build import TOLERANCES
-from tracker.deploy.compare_locate import Output, locate
-from tracker.deploy.compare_receipt import About, Pixels, Receipt, TrackScores
-from tracker.deploy.compare_sides import Side
-from tracker.deploy.compare_tensors import Comparison, compare, explain
 from tracker.deploy.islands import Array
-from tracker.deploy.parity import MatchConfig, compare_detections, watch
-from tracker.deploy.parity_tracks import compare_tracks, follow, score, truth_of
+from tracker.deploy.parity.detections import MatchConfig, compare_detections, watch
+from tracker.deploy.parity.locate import Output, locate
+from tracker.deploy.parity.receipt import About, Pixels, Receipt, TrackScores
+from tracker.deploy.parity.sides import Side
+from tracker.deploy.parity.tensors import Comparison, compare, explain
+from tracker.deploy.parity.tracks import compare_tracks, follow, score, truth_of
 from tracker.deploy.plan import BuildConfig
 from tracker.errors import ConfigError, SourceError, TrackerError
 from tracker.evaluation import Benchmark

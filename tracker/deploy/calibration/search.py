@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 import onnx
 
-from tracker.deploy.calibrate_judge import JudgeConfig, disagreement, found_in, opened
+from tracker.deploy.calibration.judge import JudgeConfig, disagreement, found_in, opened
 from tracker.errors import EngineError
 from tracker.manifest import Manifest
 from tracker.types import Detections, Frame

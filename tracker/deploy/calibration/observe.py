@@ -23,8 +23,8 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper
 
-from tracker.deploy.calibrate_frames import Choice, choose, chosen
-from tracker.deploy.calibrate_ranges import BINS, Histogram
+from tracker.deploy.calibration.frames import Choice, choose, chosen
+from tracker.deploy.calibration.ranges import BINS, Histogram
 from tracker.deploy.islands import copy_of
 from tracker.deploy.plan import partial_file
 from tracker.errors import EngineError

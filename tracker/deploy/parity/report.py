@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tracker.deploy.compare_receipt import Receipt
-from tracker.deploy.compare_tensors import TensorParity
+from tracker.deploy.parity.receipt import Receipt
+from tracker.deploy.parity.tensors import TensorParity
 from tracker.evaluation import Scores
 
 SHOWN = ("HOTA", "DetA", "AssA", "MOTA", "IDF1", "IDSW")

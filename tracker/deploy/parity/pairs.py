@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from tracker.deploy.compare_layers import IMAGE, Layer, Layers
 from tracker.deploy.islands import Array
+from tracker.deploy.parity.layers import IMAGE, Layer, Layers
 
 COMMUTATIVE = frozenset(("Add", "Mul", "Sum", "Min", "Max"))
 ALIKE = 0.99  # least cosine between weights of one layer; INT8 weights per channel have 0.9999

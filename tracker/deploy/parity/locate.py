@@ -1,6 +1,6 @@
 """Where two networks part: the first layer beyond tolerance, and what is wrong with it.
 
-Layers are paired (`compare_pairs`), marked on both sides (`compare_probe`) and bisected, from an output that
+Layers are paired (`pairs`), marked on both sides (`probe`) and bisected, from an output that
 differs back towards the image, until a layer is beyond tolerance and all that it reads is within. That holds
 whatever lies between; only which of several such layers is found depends on the way taken.
 """
@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from tracker.deploy.compare_layers import IMAGE, Layer, Layers
-from tracker.deploy.compare_pairs import Pairing, pair_layers
-from tracker.deploy.compare_probe import Probe
-from tracker.deploy.compare_tensors import Comparison, TensorParity, compare, explain
 from tracker.deploy.islands import Array
+from tracker.deploy.parity.layers import IMAGE, Layer, Layers
+from tracker.deploy.parity.pairs import Pairing, pair_layers
+from tracker.deploy.parity.probe import Probe
+from tracker.deploy.parity.tensors import Comparison, TensorParity, compare, explain
 from tracker.frontends.fairmot import peak_scores
 
 WEIGHTS_DIFFER = 0.03  # |a − b| / |a| of weights; INT8 per channel rounds by about 0.01

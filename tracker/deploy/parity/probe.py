@@ -22,8 +22,8 @@ from torch import fx
 
 from tracker import manifest as manifests
 from tracker.deploy.build import COMPARED, build, load
-from tracker.deploy.compare_layers import OFFSETS, Layers, layers_of_onnx, layers_of_torch
 from tracker.deploy.islands import HALVES, Array, HalfConfig, precision_of
+from tracker.deploy.parity.layers import OFFSETS, Layers, layers_of_onnx, layers_of_torch
 from tracker.deploy.plan import BuildConfig
 from tracker.deploy.precision import dense_upsampling, to_half
 from tracker.engine import open_runtime

@@ -1,4 +1,4 @@
-"""What a comparison of two engines found out, as data. How it is shown, `compare_report` knows."""
+"""What a comparison of two engines found out, as data. How it is shown, `report` knows."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tracker.deploy.compare_locate import Search
-from tracker.deploy.compare_tensors import TensorParity
-from tracker.deploy.parity import DetectionParity
-from tracker.deploy.parity_tracks import TrackParity
+from tracker.deploy.parity.detections import DetectionParity
+from tracker.deploy.parity.locate import Search
+from tracker.deploy.parity.tensors import TensorParity
+from tracker.deploy.parity.tracks import TrackParity
 from tracker.evaluation import Scores
 from tracker.manifest import Precision
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from tracker.association import make_association
 from tracker.boxes import xywh_to_xyxy
-from tracker.deploy.parity import Findings, check_frames, pair
+from tracker.deploy.parity.detections import Findings, check_frames, pair
 from tracker.errors import SourceError
 from tracker.evaluation import PEDESTRIAN, Benchmark, Scores, detect_rule, evaluate, find_pairs
 from tracker.motchallenge import Rows, read_rows

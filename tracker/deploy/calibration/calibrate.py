@@ -20,11 +20,11 @@ import onnx
 
 from tracker import manifest as manifests
 from tracker.deploy.build import COMPARED, load, manifest_of
-from tracker.deploy.calibrate_frames import Choice, find
-from tracker.deploy.calibrate_judge import Judge, JudgeConfig, Verdict, check_clip, samples
-from tracker.deploy.calibrate_observe import Observed, Progress, observe
-from tracker.deploy.calibrate_ranges import METHODS, Method
-from tracker.deploy.calibrate_search import Found, Try, fewest, rank
+from tracker.deploy.calibration.frames import Choice, find
+from tracker.deploy.calibration.judge import Judge, JudgeConfig, Verdict, check_clip, samples
+from tracker.deploy.calibration.observe import Observed, Progress, observe
+from tracker.deploy.calibration.ranges import METHODS, Method
+from tracker.deploy.calibration.search import Found, Try, fewest, rank
 from tracker.deploy.islands import MOVEMENT, Half, HalfConfig, Islands, precision_of
 from tracker.deploy.plan import partial_file
 from tracker.deploy.precision import rounded, to_half
@@ -168,7 +168,7 @@ def calibrate(
 ) -> Calibrated:
     """Write the ONNX file `source`, which has its manifest beside it, to `out` in lower precision.
 
-    data: to calibrate INT8 with, see `calibrate_frames.find`. judging: without it no layer is searched for.
+    data: to calibrate INT8 with, see `frames.find`. judging: without it no layer is searched for.
     What was observed is kept beside `out`, so that an interrupted run goes on.
 
     Raises ConfigError for what does not fit together, SourceError for footage that cannot be read,

@@ -2,7 +2,7 @@
 
 The judge holds a clip and what FP32 finds there. Everything that is judged goes through the same front end
 and pipeline as in `track`; only the network differs. How detections and tracks are compared, `parity` and
-`parity_tracks` know.
+`parity.tracks` know.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import onnx
 
 from tracker.association import make_association
 from tracker.boxes import iou
-from tracker.deploy.parity import (
+from tracker.deploy.parity.detections import (
     PAIRED,
     DetectionParity,
     Findings,
@@ -29,7 +29,7 @@ from tracker.deploy.parity import (
     pair,
     watch,
 )
-from tracker.deploy.parity_tracks import follow, score, truth_of
+from tracker.deploy.parity.tracks import follow, score, truth_of
 from tracker.errors import ConfigError
 from tracker.evaluation import Benchmark, Scores
 from tracker.frontends import FRONTENDS

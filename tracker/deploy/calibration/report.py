@@ -11,9 +11,9 @@ from dataclasses import asdict
 from html import escape
 from typing import Any
 
-from tracker.deploy.calibrate import Calibrated, CalibrationConfig, Judged
-from tracker.deploy.calibrate_judge import SHOWN
-from tracker.deploy.parity import BINS, EqualPrecision
+from tracker.deploy.calibration.calibrate import Calibrated, CalibrationConfig, Judged
+from tracker.deploy.calibration.judge import SHOWN
+from tracker.deploy.parity.detections import BINS, EqualPrecision
 
 BARS = 24  # layers shown in the plot of sensitivity
 WIDTH, HEIGHT = 640, 220  # of a plot, in its own units

@@ -3,7 +3,7 @@
     watch                a front end over a clip → Findings
     compare_detections   two Findings → DetectionParity
 
-Findings can be kept, and followed again with other settings (`parity_tracks`); only `watch` runs a network.
+Findings can be kept, and followed again with other settings (`tracks`); only `watch` runs a network.
 Knows no engine file and nothing of how its answers come about.
 """
 

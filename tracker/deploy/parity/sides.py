@@ -18,9 +18,9 @@ from torch import Tensor
 
 from tracker import manifest as manifests
 from tracker.deploy.build import load
-from tracker.deploy.compare_layers import trace
-from tracker.deploy.compare_probe import EngineProbe, OnnxProbe, Probe, TorchProbe, builder
 from tracker.deploy.islands import Array
+from tracker.deploy.parity.layers import trace
+from tracker.deploy.parity.probe import EngineProbe, OnnxProbe, Probe, TorchProbe, builder
 from tracker.deploy.plan import BuildConfig
 from tracker.engine import ONNX, TENSORRT, TORCH, open_runtime
 from tracker.errors import ConfigError, EngineError

@@ -1,0 +1,1 @@
+"""Quantisation judged by tracking: frames, ranges, the search for layers to keep, and the report."""
