@@ -288,6 +288,22 @@ def test_messages_reach_a_broker_and_survive_its_restart(
     assert set(got) >= {("site/cam", number) for number in (1, 2, 3, 4, 5, 7)}
 
 
+def test_acknowledgements_may_come_while_more_is_sent(
+    broker: tuple[int, Callable[[], None], Callable[[], None]],
+) -> None:
+    """The client holds a lock of its own while it publishes and while it tells of what has arrived."""
+    port, _, _ = broker
+    publisher = Mqtt(parse(f"mqtt://127.0.0.1:{port}/site", schemes=("mqtt",)))
+    for _ in range(1000):
+        publisher.put("cam", b"{}\n")
+        time.sleep(0.0002)
+    wait_for(lambda: not publisher._under_way and publisher._client.is_connected())
+    begun = time.monotonic()
+    publisher.close()
+    assert time.monotonic() - begun < 3
+    assert publisher.lost["cam"] == 0
+
+
 def test_no_broker_is_no_error_and_everything_is_lost() -> None:
     publisher = Mqtt(parse("mqtt://u:pl4nted@127.0.0.1:9/site", schemes=("mqtt",)))
     sink = LinePublisher(publisher, "cam")

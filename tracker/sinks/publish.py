@@ -136,6 +136,7 @@ class Mqtt:
         self._good = mqtt.MQTT_ERR_SUCCESS
         self._waits = mqtt.MQTT_ERR_NO_CONN  # in the client's own queue, until the broker is back
         self._under_way: dict[int, str] = {}
+        self._early: set[int] = set()  # acknowledged before we knew their numbers
         self._lock = threading.Lock()
         self.error = ""
         self._client: Any = mqtt.Client(CallbackAPIVersion.VERSION2)
@@ -171,16 +172,21 @@ class Mqtt:
             self._under_way.clear()
 
     def _send(self, name: str, line: bytes) -> bool:
-        with self._lock:  # so that it is noted before its acknowledgement
-            sent = self._client.publish(f"{self._topic}/{name}", line.rstrip(b"\n"), qos=1)
-            if sent.rc not in (self._good, self._waits):
-                return False
-            self._under_way[sent.mid] = name
+        # Not under our lock: the client holds one of its own while it publishes, and while it tells us.
+        sent = self._client.publish(f"{self._topic}/{name}", line.rstrip(b"\n"), qos=1)
+        if sent.rc not in (self._good, self._waits):
+            return False
+        with self._lock:
+            if sent.mid in self._early:
+                self._early.remove(sent.mid)
+            else:
+                self._under_way[sent.mid] = name
         return True
 
     def _published(self, client: Any, data: Any, mid: int, *rest: Any) -> None:
         with self._lock:
-            self._under_way.pop(mid, None)
+            if self._under_way.pop(mid, None) is None:
+                self._early.add(mid)
 
     def _connected(self, client: Any, data: Any, flags: Any, reason: Any, *rest: Any) -> None:
         self.error = redacted(reason) if reason.is_failure else ""
