@@ -163,34 +163,14 @@ def _build(options: argparse.Namespace) -> None:
 
 @contextmanager
 def _shown(name: str) -> Iterator[Progress]:
-    """A bar on a terminal, a line now and then elsewhere: a build takes minutes."""
-    from time import monotonic
+    """A build takes minutes."""
+    from tracker.deploy.shown import shown
 
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    def worded(share: float, whole: float | None) -> str:
+        return "" if whole is None else f", {share:.0%}"
 
-    begun = due = monotonic()
-    console = Console(stderr=True, highlight=False)
-    columns = (TextColumn(name, markup=False), BarColumn(), TimeElapsedColumn(),
-               TextColumn("{task.description}", markup=False))  # fmt: skip
-    bar = Progress(*columns, console=console, transient=True, redirect_stdout=False)
-    task = bar.add_task("", total=None)
-
-    def on_terminal(what: str, share: float | None) -> None:
-        bar.update(task, description=what, total=None if share is None else 1.0, completed=share or 0.0)
-
-    def in_lines(what: str, share: float | None) -> None:
-        nonlocal due
-        if monotonic() >= due + LINE_SECONDS:
-            due = monotonic()
-            known = "" if share is None else f", {share:.0%}"
-            print(f"{name}: {due - begun:.0f} s, {what}{known}", file=sys.stderr)
-
-    if console.is_interactive and sys.stderr.isatty():
-        with bar:
-            yield on_terminal
-    else:
-        yield in_lines
+    with shown(name, line_seconds=LINE_SECONDS, worded=worded) as tell:
+        yield lambda what, share: tell(what, share or 0.0, None if share is None else 1.0)
 
 
 if __name__ == "__main__":

@@ -178,34 +178,15 @@ def _report(done: Calibrated, config: CalibrationConfig, options: argparse.Names
 
 @contextmanager
 def _shown(name: str) -> Iterator[Progress]:
-    """A bar on a terminal, a line now and then elsewhere."""
-    from time import monotonic
+    from rich.progress import MofNCompleteColumn
 
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from tracker.deploy.shown import shown
 
-    begun = due = monotonic()
-    console = Console(stderr=True, highlight=False)
-    columns = (TextColumn(name, markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("{task.description}", markup=False))  # fmt: skip
-    bar = Progress(*columns, console=console, transient=True, redirect_stdout=False)
-    task = bar.add_task("", total=None)
+    def worded(done: float, total: float | None) -> str:
+        return f", {done} of {total}" if total else f", {done}"
 
-    def on_terminal(what: str, done: int, total: int | None) -> None:
-        bar.update(task, description=what, completed=done, total=total)
-
-    def in_lines(what: str, done: int, total: int | None) -> None:
-        nonlocal due
-        if monotonic() >= due + LINE_SECONDS:
-            due = monotonic()
-            known = f"{done} of {total}" if total else f"{done}"
-            print(f"{name}: {due - begun:.0f} s, {what}, {known}", file=sys.stderr)
-
-    if console.is_interactive and sys.stderr.isatty():
-        with bar:
-            yield on_terminal
-    else:
-        yield in_lines
+    with shown(name, MofNCompleteColumn(), line_seconds=LINE_SECONDS, worded=worded) as tell:
+        yield tell
 
 
 if __name__ == "__main__":

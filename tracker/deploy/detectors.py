@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
-import onnx
 import torch
 from torch import Tensor, nn
 
-from tracker import manifest as manifests
-from tracker.deploy.export import TOLERANCE, Export, inputs_of, unfinished
+from tracker.deploy.export import TOLERANCE, Export, inputs_of, within, write_checked
 from tracker.deploy.graph import Lowering, to_onnx
-from tracker.errors import ConfigError, EngineError
+from tracker.errors import ConfigError
 from tracker.frontends import FRONTENDS
+from tracker.manifest import Manifest
 from tracker.models.zoo import network_of
 from tracker.runtimes.onnx import OnnxRuntime
 from tracker.types import Frame
@@ -63,25 +62,18 @@ def export_detector(model: nn.Module, out: Path, config: DetectorExport, frames:
     width, height = config.size
     example = torch.zeros(config.batch or 2, 3, height, width)
     graph = to_onnx(model, example, Lowering(), input_name="images", open_batch=config.batch is None)
-    with unfinished(out) as file:
-        onnx.save(graph, file)
-        written = perf_counter()
-        runtime = OnnxRuntime(file, device="cpu", lanes=1)
+
+    def describe(runtime: OnnxRuntime, sha256: str) -> Manifest:
         options = {} if config.names is None else {"names": config.names}
-        manifest = kind.describe(runtime, onnx_sha256=manifests.sha256(file), **options)
+        manifest = kind.describe(runtime, onnx_sha256=sha256, **options)
         kind(runtime, manifest, kind.config_type()).close()
+        return manifest
+
+    def check(manifest: Manifest, runtime: OnnxRuntime) -> dict[str, float]:
         images = inputs_of(manifest, len(example), frames)
-        errors = compare(model(images), runtime.run({manifest.input.name: images}))
-        verified = perf_counter()
-        size = file.stat().st_size
-    manifests.write(manifest, manifests.beside(out))
-    return Export(
-        manifest=manifest,
-        errors=errors,
-        bytes=size,
-        write_seconds=written - begun,
-        verify_seconds=verified - written,
-    )
+        return compare(model(images), runtime.run({manifest.input.name: images}))
+
+    return write_checked(graph, out, describe, check, begun=begun)
 
 
 def compare(expected: dict[str, Tensor], answers: dict[str, Tensor]) -> dict[str, float]:
@@ -89,10 +81,5 @@ def compare(expected: dict[str, Tensor], answers: dict[str, Tensor]) -> dict[str
     errors = {}
     for name, wanted in expected.items():
         limit = TOLERANCE * max(1.0, float(wanted.abs().max()))
-        errors[name] = float((answers[name] - wanted).abs().max())
-        if not errors[name] <= limit:
-            raise EngineError(
-                f"ONNX Runtime's {name} differs from torch's by {errors[name]:.2g}, more than {limit:.2g}: "
-                "nothing was written. Weights that overflow do this; otherwise please report it"
-            )
+        errors[name] = within(name, float((answers[name] - wanted).abs().max()), limit)
     return errors

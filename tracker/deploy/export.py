@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
@@ -113,14 +113,38 @@ def export_fairmot(model: FairMOT, out: Path, config: ExportConfig, frames: Sequ
     example = torch.zeros(config.batch or 2, 3, height, width)
     network = _Peaks(model) if config.heads == "peaks" else model
     graph = to_onnx(network, example, config.lowering, input_name="images", open_batch=config.batch is None)
+
+    def describe(runtime: OnnxRuntime, sha256: str) -> Manifest:
+        manifest = Fairmot.describe(runtime, onnx_sha256=sha256, names=config.names)
+        Fairmot(runtime, manifest).close()
+        return manifest
+
+    def check(manifest: Manifest, runtime: OnnxRuntime) -> dict[str, float]:
+        images = inputs_of(manifest, len(example), frames)
+        return compare(model(images), runtime.run({manifest.input.name: images}))
+
+    return write_checked(graph, out, describe, check, begun=begun)
+
+
+def write_checked(
+    graph: onnx.ModelProto,
+    out: Path,
+    describe: Callable[[OnnxRuntime, str], Manifest],
+    check: Callable[[Manifest, OnnxRuntime], dict[str, float]],
+    *,
+    begun: float,
+) -> Export:
+    """Write a graph to `out`, and its manifest beside it once ONNX Runtime has opened it and it was checked.
+
+    describe: from the file's runtime and hash, once a front end takes it. check: errors by output. begun: of
+    the export, by `perf_counter`. Raises what these raise, and as `unfinished`; then nothing is written.
+    """
     with unfinished(out) as file:
         onnx.save(graph, file)
         written = perf_counter()
         runtime = OnnxRuntime(file, device="cpu", lanes=1)
-        manifest = Fairmot.describe(runtime, onnx_sha256=manifests.sha256(file), names=config.names)
-        Fairmot(runtime, manifest).close()
-        images = inputs_of(manifest, len(example), frames)
-        errors = compare(model(images), runtime.run({manifest.input.name: images}))
+        manifest = describe(runtime, manifests.sha256(file))
+        errors = check(manifest, runtime)
         verified = perf_counter()
         size = file.stat().st_size
     manifests.write(manifest, manifests.beside(out))
@@ -148,13 +172,18 @@ def compare(heads: dict[str, Tensor], answers: dict[str, Tensor]) -> dict[str, f
             scores = torch.sigmoid(raw)
             tied = F.max_pool2d(scores, 3, stride=1, padding=1) - scores <= limit
             difference = torch.where(tied & ((answer == 0) | (expected == 0)), 0.0, difference)
-        errors[role] = float(difference.max())
-        if not errors[role] <= limit:
-            raise EngineError(
-                f"ONNX Runtime's {role} differs from torch's by {errors[role]:.2g}, more than {limit:.2g}: "
-                "nothing was written. Weights that overflow do this; otherwise please report it"
-            )
+        errors[role] = within(role, float(difference.max()), limit)
     return errors
+
+
+def within(output: str, error: float, limit: float) -> float:
+    """The error. EngineError for one above the limit, and for what is no number."""
+    if not error <= limit:
+        raise EngineError(
+            f"ONNX Runtime's {output} differs from torch's by {error:.2g}, more than {limit:.2g}: "
+            "nothing was written. Weights that overflow do this; otherwise please report it"
+        )
+    return error
 
 
 def frames_of(video: str, count: int = 4) -> list[Frame]:

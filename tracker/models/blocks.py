@@ -41,6 +41,20 @@ class ConvBN(nn.Module):
         return answer
 
 
+class ChannelAttention(nn.Module):
+    """A weight per channel from its mean."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mean = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Conv2d(channels, channels, 1)
+        self.act = nn.Hardsigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = x * self.act(self.fc(self.mean(x)))
+        return answer
+
+
 class FocusConv(nn.Conv2d):
     """A 3×3 convolution over the four pixels of each 2×2 block, stacked as channels in the order top left,
     bottom left, top right, bottom right; computed as one 6×6 convolution of stride 2, which it is.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tracker.models.blocks import ConvBN, PooledPyramid, joined
+from tracker.models.blocks import ChannelAttention, ConvBN, PooledPyramid, joined
 
 CHANNELS = (64, 128, 256, 512, 1024)
 BLOCKS = (3, 6, 6, 3)
@@ -84,18 +84,6 @@ class _Block(nn.Module):
         return y + x if self.shortcut else y
 
 
-class _Attention(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.mean = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Conv2d(channels, channels, 1)
-        self.act = nn.Hardsigmoid()
-
-    def forward(self, x: Tensor) -> Tensor:
-        answer: Tensor = x * self.act(self.fc(self.mean(x)))
-        return answer
-
-
 class _Stage(nn.Module):
     """Of the backbone: halves the size."""
 
@@ -106,7 +94,7 @@ class _Stage(nn.Module):
         self.conv_down = ConvBN(inputs, middle, 3, 2)
         self.conv1, self.conv2 = ConvBN(middle, half, 1), ConvBN(middle, half, 1)
         self.blocks = nn.Sequential(*(_Block(half, shortcut=True) for _ in range(blocks)))
-        self.attn = _Attention(middle)
+        self.attn = ChannelAttention(middle)
         self.conv3 = ConvBN(middle, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tracker.models.blocks import ConvBN, PooledPyramid, joined
+from tracker.models.blocks import ChannelAttention, ConvBN, PooledPyramid, joined
 
 CHANNELS = (64, 128, 256, 512, 1024)
 STAGES = ((3, True), (6, True), (6, True), (3, False))  # blocks, whether they have shortcuts
@@ -90,20 +90,6 @@ class _Block(nn.Module):
         return y + x if self.shortcut else y
 
 
-class _Attention(nn.Module):
-    """A weight per channel from its mean."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.mean = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Conv2d(channels, channels, 1)
-        self.act = nn.Hardsigmoid()
-
-    def forward(self, x: Tensor) -> Tensor:
-        answer: Tensor = x * self.act(self.fc(self.mean(x)))
-        return answer
-
-
 class _CSPLayer(nn.Module):
     def __init__(
         self, inputs: int, outputs: int, blocks: int, *, shortcut: bool = False, attention: bool = False
@@ -113,7 +99,7 @@ class _CSPLayer(nn.Module):
         self.main_conv, self.short_conv = ConvBN(inputs, hidden, 1), ConvBN(inputs, hidden, 1)
         self.final_conv = ConvBN(2 * hidden, outputs, 1)
         self.blocks = nn.Sequential(*(_Block(hidden, shortcut=shortcut) for _ in range(blocks)))
-        self.attention = _Attention(2 * hidden) if attention else nn.Identity()
+        self.attention = ChannelAttention(2 * hidden) if attention else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         short = self.short_conv(x)
