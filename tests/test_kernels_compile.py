@@ -35,6 +35,7 @@ TYPES = {
     "reg": "*fp16",
     "rows": "*fp32",
     "scores": "*fp16",
+    "shift_bias": "*fp16",
     "source": "*fp16",
     "state": "*i32",
     "table": "*i64",
@@ -48,8 +49,9 @@ TYPES = {
 DEFORM = {
     **{"TILE_Y": 8, "TILE_X": 8, "BLOCK_C": 64, "BLOCK_O": 128, "SPLIT": 1, "PRECISION": "tf32x3"},
     **{"SIGMOID": True, "BIAS": True, "RELU": True, "HALF": True, "x_channel": 1, "out_channel": 1},
+    "SHIFT_BIAS": True,
 }
-SINGLE = dict.fromkeys(("x", "offset", "mask", "weight", "bias"), "*fp32")
+SINGLE = dict.fromkeys(("x", "offset", "mask", "weight", "bias", "shift_bias"), "*fp32")
 JOIN = {"BIAS": True, "RELU": True, "SPLIT": 3, "BLOCK": 16, "BLOCK_O": 64}
 ROWS = {"SIDES": 4, "INDEX_BITS": 16, "SLOTS": 512, "BLOCK": 8, "BLOCK_D": 128}
 SORT = {"ROW": 6, "KIND": "undecoded", "CLASSES": 128, "INDEX_BITS": 21, "SLOTS": 1024, "BLOCK": 16}

@@ -113,6 +113,19 @@ def test_without_bias(run: Run) -> None:
     assert_near(answer, expected(given | {"bias": torch.zeros(16)}), torch.float32)
 
 
+@pytest.mark.parametrize("logits", [True, False])
+def test_a_bias_of_offsets_and_masks_may_come_apart_from_them(run: Run, logits: bool) -> None:
+    given = case(16, 16, 8, 8)
+    bias = torch.linspace(-1.5, 2.0, 27)
+    added = given | {
+        "offset": given["offset"] + bias[:18, None, None],
+        "mask": given["mask"] + bias[18:, None, None],
+    }
+    packed = given | {"weight": pack_weight(given["weight"])}
+    got = run(deform_conv2d, *packed.values(), logits, False, bias)
+    assert_near(got, expected(added, logits=logits), torch.float32)
+
+
 @pytest.mark.parametrize("spread", [0.0, 40.0], ids=["no offsets", "mostly outside"])
 def test_samples_outside_are_zero(run: Run, spread: float) -> None:
     given = case(16, 16, 10, 10, spread=spread)

@@ -107,6 +107,16 @@ class TestNetwork:
         counts = [sum(weight.numel() for weight in each.parameters()) for each in (dense, single)]
         assert counts[0] > counts[1]
 
+    def test_no_layer_sees_the_image_at_its_full_size(self, model: FairMOT) -> None:
+        seen: list[tuple[int, ...]] = []
+        deployed = Deployed(model, torch.float32)
+        for layer in deployed.base.modules():
+            if not list(layer.children()):
+                layer.register_forward_hook(lambda layer, given, answer: seen.append(tuple(answer.shape[2:])))
+        answers(deployed, images())
+        height, width = images().shape[2:]
+        assert seen and all(size[0] <= height // 2 and size[1] <= width // 2 for size in seen)
+
     def test_heat_maps_stay_in_fp32_and_with_them_their_last_layer(self, model: FairMOT) -> None:
         deployed = Deployed(model)
         found = answers(deployed, images().half())

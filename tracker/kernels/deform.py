@@ -111,6 +111,7 @@ def deform_conv2d(
     bias: Tensor | None = None,
     mask_logits: bool = False,
     relu: bool = False,
+    shift_bias: Tensor | None = None,
     *,
     out: Tensor | None = None,
     plan: Plan | None = None,
@@ -121,11 +122,12 @@ def deform_conv2d(
     offset: (B, 18, H, W), for each tap its shift down, then right, in pixels. mask: (B, 9, H, W) factor of
     each tap, or with mask_logits its logit. Both may be parts of one tensor, of any strides.
     weight: (9, C, O) as `pack_weight` makes it, of x's type. bias: (O,). relu: of the result.
+    shift_bias: (27,), still to be added to offset and mask, before its sigmoid.
     out: where to write, of any strides; None is fresh memory of x's type, channels last. plan: None is
     `plan_for`.
     Coordinates and sums are float32. Raises EngineError for tensors that do not fit, and on a CPU.
     """
-    _check(x, offset, mask, weight, bias, out)
+    _check(x, offset, mask, weight, bias, shift_bias, out)
     kernels = programs("deform", x, offset, mask, weight)
     # A compiler passes tensors of its own through here, and sees only launches that are wrapped for it.
     traced = type(x) not in (Tensor, torch.nn.Parameter)
@@ -140,6 +142,7 @@ def deform_conv2d(
         x.new_empty(plan.split, batch, height, width, outputs, dtype=torch.float32) if plan.split > 1 else out
     )
     ends = {"BIAS": bias is not None, "RELU": relu}
+    biases = [weight if each is None else each for each in (bias, shift_bias)]
     grid = (
         -(-height // plan.tile_y) * -(-width // plan.tile_x),
         -(-outputs // plan.block_o),
@@ -148,10 +151,11 @@ def deform_conv2d(
     with on_device_of(x):
         start(
             kernels.deform, grid,
-            x, offset, mask, weight, weight if bias is None else bias, parts,
+            x, offset, mask, weight, *biases, parts,
             batch, height, width, channels, outputs,
             *x.stride(), *offset.stride(), *mask.stride(), *out.stride(),
-            SIGMOID=mask_logits, **ends, HALF=x.dtype == torch.float16, PRECISION="tf32x3",
+            SIGMOID=mask_logits, SHIFT_BIAS=shift_bias is not None, **ends,
+            HALF=x.dtype == torch.float16, PRECISION="tf32x3",
             TILE_Y=plan.tile_y, TILE_X=plan.tile_x, BLOCK_C=block_c, BLOCK_O=plan.block_o, SPLIT=plan.split,
             num_warps=plan.warps, num_stages=1,
         )  # fmt: skip
@@ -159,7 +163,7 @@ def deform_conv2d(
             pixels = batch * height * width
             start(
                 kernels.join, (-(-pixels // 16), -(-outputs // 64)),
-                parts, weight if bias is None else bias, out, pixels, height, width, outputs, *out.stride(),
+                parts, biases[0], out, pixels, height, width, outputs, *out.stride(),
                 **ends, SPLIT=plan.split, BLOCK=16, BLOCK_O=64,
             )  # fmt: skip
     return out
@@ -173,8 +177,9 @@ def _operate(
     bias: Tensor | None = None,
     mask_logits: bool = False,
     relu: bool = False,
+    shift_bias: Tensor | None = None,
 ) -> Tensor:
-    return deform_conv2d(x, offset, mask, weight, bias, mask_logits, relu)
+    return deform_conv2d(x, offset, mask, weight, bias, mask_logits, relu, shift_bias)
 
 
 def _shape(
@@ -185,14 +190,21 @@ def _shape(
     bias: Tensor | None = None,
     mask_logits: bool = False,
     relu: bool = False,
+    shift_bias: Tensor | None = None,
 ) -> Tensor:
     """What comes out, for those who trace without running, with Triton or without."""
-    _check(x, offset, mask, weight, bias, None)
+    _check(x, offset, mask, weight, bias, shift_bias, None)
     return _empty(x, weight.shape[2])
 
 
 def _check(
-    x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None
+    x: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift_bias: Tensor | None,
+    out: Tensor | None,
 ) -> None:
     batch, channels, height, width = x.shape
     outputs = weight.shape[-1]
@@ -201,6 +213,7 @@ def _check(
         "mask": (mask, (batch, TAPS, height, width)),
         "weight": (weight, (TAPS, channels, outputs)),
         "bias": (bias, (outputs,)),
+        "shift_bias": (shift_bias, (3 * TAPS,)),
         "out": (out, (batch, outputs, height, width)),
     }
     for name, (tensor, shape) in wanted.items():
@@ -236,11 +249,16 @@ def _on_cpu(
     bias: Tensor | None = None,
     mask_logits: bool = False,
     relu: bool = False,
+    shift_bias: Tensor | None = None,
 ) -> Tensor:
     """The reference, in float32 as the kernel's sums are: programs that hold the operator run anywhere."""
-    _check(x, offset, mask, weight, bias, None)
+    _check(x, offset, mask, weight, bias, shift_bias, None)
     _, channels, outputs = weight.shape
-    factors = mask.float().sigmoid() if mask_logits else mask.float()
+    offset, mask = offset.float(), mask.float()
+    if shift_bias is not None:
+        down_and_right, factor = torch.split(shift_bias.float()[:, None, None], [2 * TAPS, TAPS])
+        offset, mask = offset + down_and_right, mask + factor
+    factors = mask.sigmoid() if mask_logits else mask
     plain = weight.float().permute(2, 1, 0).reshape(outputs, channels, 3, 3)
     wide = deform_reference.deform_conv2d(
         x.float(), offset, factors, plain, None if bias is None else bias.float()

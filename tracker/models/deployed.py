@@ -21,6 +21,7 @@ from tracker.models.deform import TAPS, DeformConv
 from tracker.models.dla import UpConv
 from tracker.models.fairmot import FairMOT
 from tracker.models.folded import folded
+from tracker.models.halved import Halved
 
 HEADS = ("hm", "wh", "reg", "id")
 WIDE = ("hm",)  # last layers that stay in FP32
@@ -41,6 +42,7 @@ class Deployed(nn.Module):
         model = folded(model)
         self.heads = _Heads(model)
         self.base, self.dla_up, self.ida_up = model.base, model.dla_up, model.ida_up
+        self._halve_stem()
         for name, layer in list(self.named_modules()):
             if isinstance(layer, UpConv) and isinstance(layer.conv, DeformConv):
                 if layer.conv.fusible:
@@ -54,6 +56,21 @@ class Deployed(nn.Module):
         for name in WIDE:
             self.heads.last[name] = _Last(cast(nn.Conv2d, model.get_submodule(f"{name}.2")))
         self.eval().requires_grad_(False)
+
+    def _halve_stem(self) -> None:
+        """Join the layers down to the first of stride 2, where there are no others of it."""
+        stem = [
+            layer
+            for level in (self.base.base_layer, self.base.level0, self.base.level1)
+            for layer in level
+            if isinstance(layer, nn.Conv2d)
+        ]
+        strides = [layer.stride[0] for layer in stem]
+        count = strides.index(2) + 1
+        joined = Halved(stem[:count])
+        rest = [part for layer in stem[count:] for part in (layer, nn.ReLU())]
+        self.base.base_layer = nn.Sequential(joined, *rest)
+        self.base.level0 = self.base.level1 = nn.Sequential()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         refined = self.dla_up(self.base(images))
@@ -100,19 +117,27 @@ class _Upsampling(nn.Module):
 
 
 class _Deform(nn.Module):
-    """The fused kernel, with the layer that predicts its shifts before it and a ReLU behind it."""
+    """The fused kernel, with the layer that predicts its shifts before it and a ReLU behind it.
+
+    The kernel adds that layer's bias, which a compiler would do in a pass of its own; and the layer gives 32
+    channels instead of 27, for cuDNN would copy what it takes and gives to make them a multiple of 8.
+    """
 
     def __init__(self, layer: DeformConv) -> None:
         super().__init__()
-        self.shifts = layer.conv_offset_mask
+        plain = layer.conv_offset_mask
+        self.shifts = nn.Conv2d(plain.in_channels, -(-3 * TAPS // 8) * 8, 3, padding=1, bias=False)
+        nn.init.zeros_(self.shifts.weight)
+        self.shifts.weight.data[: 3 * TAPS] = plain.weight.detach()
+        self.shift_bias = nn.Parameter(cast(Tensor, plain.bias).detach().clone())
         self.weight = nn.Parameter(pack_weight(layer.weight.detach()))
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         shifts = self.shifts(x)
-        offset, logits = shifts[:, : 2 * TAPS], shifts[:, 2 * TAPS :]
+        offset, logits = shifts[:, : 2 * TAPS], shifts[:, 2 * TAPS : 3 * TAPS]
         answer: Tensor = torch.ops.tracker.deform_conv2d(
-            x, offset, logits, self.weight, self.bias, True, True
+            x, offset, logits, self.weight, self.bias, True, True, self.shift_bias
         )
         return answer
 
@@ -149,4 +174,7 @@ class _Last(nn.Module):
         self.bias = nn.Parameter(cast(Tensor, layer.bias).detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
+        if len(self.weight) == 1 and x.dtype != self.weight.dtype:
+            # A sum, which compilers join with the cast; a product of matrices wants the wider copy in memory.
+            return (x.to(self.weight.dtype) * self.weight[0]).sum(-1, keepdim=True) + self.bias
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)

@@ -20,6 +20,7 @@ def deform(
     mask,  # (B, 9, H, W) by strides
     weight,  # (9, C, O) contiguous
     bias,  # (O,); unread unless BIAS
+    shift_bias,  # (27,) to be added to offsets and masks; unread unless SHIFT_BIAS
     out,  # (B, H, W, O) by strides; where SPLIT > 1, float32 (SPLIT, B, H, W, O) contiguous
     batch,
     height,
@@ -44,6 +45,7 @@ def deform(
     out_column,
     SIGMOID: tl.constexpr,  # of the masks
     BIAS: tl.constexpr,
+    SHIFT_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     HALF: tl.constexpr,  # blend in float16: half the instructions, an error of 0.04 % instead of 0.03 %
     PRECISION: tl.constexpr,  # of float32 products
@@ -82,6 +84,10 @@ def deform(
         down = tl.load(shifts + 2 * tap * offset_channel, mask=there, other=0.0).to(tl.float32)
         right = tl.load(shifts + (2 * tap + 1) * offset_channel, mask=there, other=0.0).to(tl.float32)
         factor = tl.load(masks + tap * mask_channel, mask=there, other=0.0).to(tl.float32)
+        if SHIFT_BIAS:
+            down += tl.load(shift_bias + 2 * tap).to(tl.float32)
+            right += tl.load(shift_bias + 2 * tap + 1).to(tl.float32)
+            factor += tl.load(shift_bias + 18 + tap).to(tl.float32)
         if SIGMOID:
             factor = tl.sigmoid(factor)
         top, bottom, weigh_top, weigh_bottom = _around(y + (tap // 3 - 1) + down, height)

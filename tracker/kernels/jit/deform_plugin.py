@@ -35,13 +35,13 @@ def deform_plugin(
     """Grid: (tiles of TILE_Y × TILE_X pixels, ⌈O / BLOCK_O⌉, B)."""
     # fmt: off
     deform(
-        x, shifts, shifts + 18 * SHIFTS_CHANNEL, weight, bias, out,
+        x, shifts, shifts + 18 * SHIFTS_CHANNEL, weight, bias, bias, out,
         batch, HEIGHT, WIDTH, CHANNELS, OUTPUTS,
         HEIGHT * WIDTH * X_COLUMN, 1, WIDTH * X_COLUMN, X_COLUMN,
         SHIFTS_IMAGE, SHIFTS_CHANNEL, SHIFTS_ROW, SHIFTS_COLUMN,
         SHIFTS_IMAGE, SHIFTS_CHANNEL, SHIFTS_ROW, SHIFTS_COLUMN,
         HEIGHT * WIDTH * OUT_COLUMN, 1, WIDTH * OUT_COLUMN, OUT_COLUMN,
-        SIGMOID=LOGITS, BIAS=True, RELU=RELU, HALF=HALF, PRECISION="tf32x3",
+        SIGMOID=LOGITS, BIAS=True, SHIFT_BIAS=False, RELU=RELU, HALF=HALF, PRECISION="tf32x3",
         TILE_Y=TILE_Y, TILE_X=TILE_X, BLOCK_C=BLOCK_C, BLOCK_O=BLOCK_O, SPLIT=1,
     )
     # fmt: on
