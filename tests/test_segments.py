@@ -22,13 +22,15 @@ from fake_tensorrt import fake_tensorrt, plan, tensor
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+import tracker.deploy.segments
 from tracker import manifest as manifests
 from tracker.deploy.build import build
 from tracker.deploy.export import ExportConfig, export_fairmot, generated_frames
-from tracker.deploy.islands import element_types
+from tracker.deploy.islands import element_types, precision_of
 from tracker.deploy.lower import lowered
-from tracker.deploy.plan import BuildConfig
+from tracker.deploy.plan import BuildConfig, Plan
 from tracker.deploy.precision import to_half
+from tracker.deploy.quantise import Quantiser
 from tracker.deploy.segments import Cut, choose, compile_segments, cut
 from tracker.errors import ConfigError, EngineError
 from tracker.kernels.deform import TAPS, pack_weight
@@ -357,6 +359,29 @@ class TestBuild:
         shares = [share for _, share in told if share is not None]
         assert shares == sorted(shares) and shares[-1] >= 0.5
         assert {what[:11] for what, _ in told} == {"part 1 of 2", "part 2 of 2"}
+
+    def test_a_part_without_int8_kernels_is_built_in_half_precision_and_noted(
+        self, network: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """TensorRT 8.6 refuses to quantise what lies as HWC8 at a seam."""
+        asked: list[str] = []
+
+        def compiled(part: onnx.ModelProto, *_: object, **__: object) -> Plan:
+            asked.append(precision_of(part))
+            seams = {value.name for value in part.graph.input} - {"images"}
+            if any(node.op_type == "QuantizeLinear" and node.input[0] in seams for node in part.graph.node):
+                raise EngineError("all of the candidates were removed")
+            return Plan(part.SerializeToString(), "8.6.1", 90, (1, 2, 4), 0.0)
+
+        monkeypatch.setattr(tracker.deploy.segments, "compile_plan", compiled)
+        quantiser = Quantiser(network)
+        model = to_half(quantiser.write(dict.fromkeys(quantiser.tensors, 4.0)))
+        done = compile_segments(model, BuildConfig())
+        parts = [onnx.load_from_string(bytes(each)) for each in unpack(done.content, "a").plans]
+        assert [precision_of(part) for part in parts] == ["int8", *["fp16"] * 8]
+        assert asked == ["int8", *["fp16"] * 7, "int8", "fp16"]
+        (note,) = done.notes
+        assert note == "part 9 of 9: not in INT8 but in fp16 (all of the candidates were removed)"
 
     def test_what_was_asked_for(
         self, rtx: Any, network: onnx.ModelProto, source: Path, tmp_path: Path

@@ -156,6 +156,8 @@ def _build(options: argparse.Namespace) -> None:
         why = "asked for" if options.deform else "this TensorRT has no DeformConv"
         print(f"an engine in segments ({why}): deformable convolutions run as one fused kernel each, between "
               "plans; it needs Triton, which comes with torch's CUDA builds")  # fmt: skip
+    for note in done.notes:
+        print(note)
     if done.errors:
         print(f"{about.precision} against fp32, relative: "
               + ", ".join(f"{name} {error:.2%}" for name, error in done.errors.items()))  # fmt: skip

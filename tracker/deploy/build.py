@@ -10,21 +10,23 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
 from pathlib import Path
 
 import onnx
 
 from tracker import manifest as manifests
+from tracker.deploy.feeds import Feeds
 from tracker.deploy.islands import Half, HalfConfig, precision_of
 from tracker.deploy.lower import lowered
+from tracker.deploy.parts import compile_parts
 from tracker.deploy.plan import BuildConfig, Progress, compile_plan, partial_file
 from tracker.deploy.plugin import compile_fused, require
 from tracker.deploy.precision import dense_upsampling, relative_errors, to_half
 from tracker.deploy.segments import DeformChoice, choose, compile_segments
 from tracker.errors import ConfigError, EngineError
-from tracker.frontends.preprocess import Preprocessor
+from tracker.frontends import FRONTENDS
 from tracker.manifest import Manifest, Precision
+from tracker.runtimes.onnx_parts import parts_of
 from tracker.runtimes.trt import trt_module
 from tracker.types import Frame
 
@@ -37,7 +39,7 @@ COMPARED = ("hm",)  # roles of outputs in which front ends look for peaks
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
     """What came of it. errors: by output, of half precision against FP32, empty where nothing was cast.
-    deform: how its deformable convolutions run, None where it has none.
+    deform: how its deformable convolutions run, None where it has none. notes: what is not as asked for.
     """
 
     manifest: Manifest
@@ -45,6 +47,7 @@ class Built:
     errors: dict[str, float]
     bytes: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 def build(
@@ -83,8 +86,12 @@ def build(
             require(trt_module(config.builder))
         model = lowered(model) if deform == "lower" else model
         model, errors = _in_precision(model, manifest, precision, half or HalfConfig(), frames)
-        compiled = {"segments": compile_segments, "fused": compile_fused}.get(deform or "", compile_plan)
-        plan = compiled(model, config, progress)
+        parts = parts_of(model)
+        if len(parts) > 1:
+            plan = compile_parts(parts, FRONTENDS[manifest.frontend].parts, config, progress)
+        else:
+            compiled = {"segments": compile_segments, "fused": compile_fused}.get(deform or "", compile_plan)
+            plan = compiled(model, config, progress)
         with file.step():
             file.write(plan.content)
     described = dataclasses.replace(
@@ -99,7 +106,9 @@ def build(
     )
     manifests.write(described, manifests.beside(out))
     size = len(plan.content)
-    return Built(manifest=described, errors=errors, deform=deform, bytes=size, seconds=plan.seconds)
+    return Built(
+        manifest=described, errors=errors, deform=deform, bytes=size, seconds=plan.seconds, notes=plan.notes
+    )
 
 
 def load(source: Path) -> onnx.ModelProto:
@@ -159,9 +168,9 @@ def _in_precision(
     half = dataclasses.replace(half, kind=kind, compared=(*half.compared, *compared))
     errors = {}
     if frames and given == "fp32":  # integers flip to the next at any change; calibration judges those
-        rows = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 1
-        images, _ = Preprocessor(manifest.input, rows)(list(islice(cycle(frames), rows)))
-        errors = relative_errors(model, half, {manifest.input.name: images.numpy()})
+        with Feeds.of(model, manifest) as feeds:
+            fed = {name: rows.numpy() for name, rows in feeds(frames).items()}
+        errors = relative_errors(model, half, fed)
         for name, error in errors.items():
             if not error <= TOLERANCES[wanted]:
                 raise EngineError(

@@ -74,13 +74,14 @@ class BuildConfig:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A serialised engine and what it is bound to; see `Manifest`."""
+    """A serialised engine and what it is bound to; see `Manifest`. notes: what is not as it was asked for."""
 
     content: bytes
     tensorrt_version: str
     sm: int | None
     batch: Batch
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 def compile_plan(

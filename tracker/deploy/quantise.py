@@ -3,8 +3,8 @@
     layers        what has constant weights is fed integers and has INT8 weights, one scale per output channel
     residuals     the sum behind a convolution is fused into it if its other input is integers too
     concatenation, pooling    only move numbers, so what they take and give has one scale
-    never         the last layers before an output; what computes coordinates (`islands`); single-channel
-                  ConvTranspose, of which TensorRT makes dense half-precision ones (`precision`); biases
+    never         the last layers before an output; what computes coordinates (`islands`); biases; ConvTranspose
+                  of single channels, dense or not: TensorRT runs them dense in half precision (`precision`)
 
 INT8 is symmetric and zero points are 0, as TensorRT demands (Developer Guide, "Explicit Quantization").
 Scales are numbers that FP16 holds, so that casting the rest of the graph changes none. Knows ONNX and what
@@ -130,14 +130,18 @@ class Quantiser:
         return Layer(node.name, node.op_type, weight.name, axis)
 
     def _single_channels(self) -> dict[str, str]:
-        groups = {
-            node.name: attribute.i
+        """Transposed convolutions of single channels, and those written dense with zeros between them."""
+        return {
+            node.name: "upsamples channels by themselves"
             for node in self.model.graph.node
-            if node.op_type == "ConvTranspose"
-            for attribute in node.attribute
-            if attribute.name == "group"
+            if node.op_type == "ConvTranspose" and node.input[1] in self._weights and self._apart(node)
         }
-        return {name: "upsamples channels by themselves" for name, count in groups.items() if count > 1}
+
+    def _apart(self, node: onnx.NodeProto) -> bool:
+        if any(attribute.name == "group" and attribute.i > 1 for attribute in node.attribute):
+            return True
+        weight = np.abs(numpy_helper.to_array(self._weights[node.input[1]])).sum(axis=(2, 3))
+        return len(weight) == weight.shape[1] and not (weight * ~np.eye(len(weight), dtype=bool)).any()
 
     def _last(self, layers: Mapping[str, Layer]) -> dict[str, str]:
         """Layers after which none comes: their answers are the outputs, but for some arithmetic."""
@@ -243,6 +247,38 @@ class Quantiser:
         constants += [numpy_helper.from_array(array, name) for array, name in zip(arrays, names, strict=True)]
         return helper.make_node("DequantizeLinear", names, [f"{layer.weight}.dq"], f"{layer.weight}.dq",
                                 axis=layer.axis)  # fmt: skip
+
+
+def unquantised(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph without its Q/DQ pairs, weights as the integers say, in the type of their scales."""
+    plain = copy_of(model)
+    graph = plain.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    quantised = {node.output[0]: node for node in graph.node if node.op_type == "QuantizeLinear"}
+    instead: dict[str, str] = {}
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear":
+            continue
+        maker = quantised.get(node.input[0])
+        if maker is not None:
+            instead[node.output[0]] = maker.input[0]
+            continue
+        integers, scales = (numpy_helper.to_array(weights[name]) for name in node.input[:2])
+        axis = next((each.i for each in node.attribute if each.name == "axis"), 1)
+        shape = [-1 if each == axis % integers.ndim else 1 for each in range(integers.ndim)]
+        values = integers.astype(np.float32) * scales.astype(np.float32).reshape(shape if scales.ndim else ())
+        graph.initializer.append(numpy_helper.from_array(values.astype(scales.dtype), node.output[0]))
+    nodes = [node for node in graph.node if node.op_type not in ("QuantizeLinear", "DequantizeLinear")]
+    for node in nodes:
+        for index, name in enumerate(node.input):
+            node.input[index] = instead.get(name, name)
+    kept = [copy_of(node) for node in nodes]
+    used = {name for node in kept for name in node.input}
+    constants = [copy_of(tensor) for tensor in graph.initializer if tensor.name in used]
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    graph.node.extend(kept)
+    graph.initializer.extend(constants)
+    return plain
 
 
 def half_scales(limits: Array | float) -> Array:

@@ -26,9 +26,11 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from tracker.deploy.islands import Array, copy_of
+from tracker.deploy.islands import Array, copy_of, precision_of
 from tracker.deploy.lower import unlike_ours
 from tracker.deploy.plan import BuildConfig, Layouts, Plan, Progress, compile_plan, parses
+from tracker.deploy.precision import dense_upsampling
+from tracker.deploy.quantise import unquantised
 from tracker.errors import ConfigError, EngineError
 from tracker.kernels.deform import TAPS, pack_weight
 from tracker.runtimes.segments import Deform, Segments, pack
@@ -77,12 +79,14 @@ def choose(model: onnx.ModelProto, config: BuildConfig, asked: DeformChoice | No
 def compile_segments(model: onnx.ModelProto, config: BuildConfig, progress: Progress | None = None) -> Plan:
     """As `compile_plan`, for a graph with DeformConv nodes; the content is an engine in segments.
 
-    Precision comes from the graph's types: cast it first, as a whole. Raises as `cut` and `compile_plan`.
+    Precision comes from the graph's types: cast it first, as a whole. A part that TensorRT refuses in INT8 is
+    built in half precision, and noted. Raises as `cut` and `compile_plan`.
     """
     whole = cut(model)
     begun = perf_counter()
     count = sum(part is not None for part in whole.parts)
     plans: list[Plan | None] = []
+    notes: list[str] = []
     for part in whole.parts:
         done = sum(plan is not None for plan in plans)
 
@@ -90,7 +94,10 @@ def compile_segments(model: onnx.ModelProto, config: BuildConfig, progress: Prog
             if progress is not None:
                 progress(f"part {done + 1} of {count}: {what}", (done + (share or 0.0)) / count)
 
-        plans.append(part and compile_plan(part, config, told, layouts=whole.layouts))
+        plan = part and _compiled(part, config, told, whole.layouts)
+        if plan is not None and plan.notes:
+            notes += [f"part {done + 1} of {count}: {note}" for note in plan.notes]
+        plans.append(plan)
     first = next(plan for plan in plans if plan is not None)
     segments = Segments(
         library=config.builder,
@@ -99,7 +106,24 @@ def compile_segments(model: onnx.ModelProto, config: BuildConfig, progress: Prog
         plans=[b"" if plan is None else plan.content for plan in plans],
         stages=whole.stages,
     )
-    return dataclasses.replace(first, content=pack(segments), seconds=perf_counter() - begun)
+    return dataclasses.replace(
+        first, content=pack(segments), seconds=perf_counter() - begun, notes=tuple(notes)
+    )
+
+
+def _compiled(part: onnx.ModelProto, config: BuildConfig, progress: Progress, layouts: Layouts) -> Plan:
+    """One part's plan; in half precision, with a note, where TensorRT has no INT8 kernels for it.
+
+    TensorRT 8.6 has none that quantise what lies as HWC8 at a seam.
+    """
+    try:
+        return compile_plan(part, config, progress, layouts=layouts)
+    except EngineError as error:
+        if precision_of(part) != "int8":
+            raise
+        plain = dense_upsampling(unquantised(part))
+        plan = compile_plan(plain, config, progress, layouts=layouts)
+        return dataclasses.replace(plan, notes=(f"not in INT8 but in {precision_of(plain)} ({error})",))
 
 
 def cut(model: onnx.ModelProto) -> Cut:
