@@ -24,6 +24,8 @@ TYPES = {
     "chosen": "*i64",
     "covers": "*i32",
     "embedding": "*fp16",
+    "hidden": "*fp16",
+    "hidden_bias": "*fp16",
     "iou_threshold": "fp32",
     "keys": "*i64",
     "least": "fp32",
@@ -49,10 +51,11 @@ TYPES = {
 DEFORM = {
     **{"TILE_Y": 8, "TILE_X": 8, "BLOCK_C": 64, "BLOCK_O": 128, "SPLIT": 1, "PRECISION": "tf32x3"},
     **{"SIGMOID": True, "BIAS": True, "RELU": True, "HALF": True, "x_channel": 1, "out_channel": 1},
-    "SHIFT_BIAS": True,
+    **{"SHIFT_BIAS": True, "MASK_AT": 18},
 }
 SINGLE = dict.fromkeys(("x", "offset", "mask", "weight", "bias", "shift_bias"), "*fp32")
 JOIN = {"BIAS": True, "RELU": True, "SPLIT": 3, "BLOCK": 16, "BLOCK_O": 64}
+TAIL = {"CHANNELS": 1024, "K": 256, "PRECISION": "tf32", "BLOCK": 64, "BLOCK_K": 64, "BLOCK_N": 128}
 ROWS = {"SIDES": 4, "INDEX_BITS": 16, "SLOTS": 512, "BLOCK": 8, "BLOCK_D": 128}
 SORT = {"ROW": 6, "KIND": "undecoded", "CLASSES": 128, "INDEX_BITS": 21, "SLOTS": 1024, "BLOCK": 16}
 
@@ -95,6 +98,13 @@ KERNELS = {
         "deform", "deform", DEFORM | {"HALF": False, "BLOCK_C": 32}, SINGLE, {"num_stages": 1}
     ),
     "join": Kernel("deform", "join", JOIN),
+    "tail": Kernel("tails", "tail", TAIL),
+    "tail in FP32": Kernel(
+        "tails",
+        "tail",
+        TAIL | {"BLOCK": 128, "BLOCK_K": 32, "BLOCK_N": 16, "PRECISION": "ieee"},
+        {"weight": "*fp32", "bias": "*fp32", "hidden_bias": "*fp32"},
+    ),
 }
 LEAST_SHARED_MEMORY = 99 * 1024  # bytes that a program may have on any GPU since Ampere
 A_FEW_REGISTERS = 64  # bytes per thread that may spill

@@ -113,6 +113,13 @@ def test_without_bias(run: Run) -> None:
     assert_near(answer, expected(given | {"bias": torch.zeros(16)}), torch.float32)
 
 
+def test_offsets_and_masks_may_come_as_one_tensor_with_more_channels(run: Run) -> None:
+    given = case(16, 16, 8, 8)
+    shifts = torch.cat([given["offset"], given["mask"], torch.full((1, 5, 8, 8), math.nan)], 1)
+    packed = given | {"offset": shifts, "mask": shifts, "weight": pack_weight(given["weight"])}
+    assert_near(run(deform_conv2d, *packed.values(), True), expected(given), torch.float32)
+
+
 @pytest.mark.parametrize("logits", [True, False])
 def test_a_bias_of_offsets_and_masks_may_come_apart_from_them(run: Run, logits: bool) -> None:
     given = case(16, 16, 8, 8)

@@ -1,14 +1,11 @@
 """Deformable convolution v2 (3×3, stride 1, one offset group) as one fused kernel: the torch operator
 `tracker::deform_conv2d`.
 
-The arithmetic of `deform_reference`, which the operator runs on a CPU. An operator of torch's library:
-torch.compile and AOTInductor see through it to the kernel, torch.export keeps it by name, CUDA
-graphs capture it.
+The arithmetic of `deform_reference`, which the operator runs on a CPU.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, triton_op, wrap_triton
 
 from tracker.errors import EngineError
 from tracker.kernels import deform_reference
 from tracker.kernels.launch import EXACT, launch, on_device_of, power_of_two, programs
+from tracker.kernels.operators import launch_traced, register, traced
 
 TAPS = 9
 ENOUGH = 200  # programs: more than a large GPU has multiprocessors
@@ -120,7 +117,8 @@ def deform_conv2d(
 
     x: (B, C, H, W), C a multiple of 16; fastest in float16, and copied first unless channels lie together.
     offset: (B, 18, H, W), for each tap its shift down, then right, in pixels. mask: (B, 9, H, W) factor of
-    each tap, or with mask_logits its logit. Both may be parts of one tensor, of any strides.
+    each tap, or with mask_logits its logit. Both of any strides, and parts of one tensor if need be: that
+    tensor itself, of 27 channels or more, may be given as both, for compilers copy parts that begin anywhere.
     weight: (9, C, O) as `pack_weight` makes it, of x's type. bias: (O,). relu: of the result.
     shift_bias: (27,), still to be added to offset and mask, before its sigmoid.
     out: where to write, of any strides; None is fresh memory of x's type, channels last. plan: None is
@@ -129,9 +127,7 @@ def deform_conv2d(
     """
     _check(x, offset, mask, weight, bias, shift_bias, out)
     kernels = programs("deform", x, offset, mask, weight)
-    # A compiler passes tensors of its own through here, and sees only launches that are wrapped for it.
-    traced = type(x) not in (Tensor, torch.nn.Parameter)
-    start: Callable[..., None] = _launch_traced if traced else partial(launch, **EXACT)
+    start: Callable[..., None] = launch_traced if traced(x) else partial(launch, **EXACT)
     if x.stride(1) != 1:
         x = x.contiguous(memory_format=torch.channels_last)
     (batch, channels, height, width), outputs = x.shape, weight.shape[2]
@@ -155,6 +151,7 @@ def deform_conv2d(
             batch, height, width, channels, outputs,
             *x.stride(), *offset.stride(), *mask.stride(), *out.stride(),
             SIGMOID=mask_logits, SHIFT_BIAS=shift_bias is not None, **ends,
+            MASK_AT=2 * TAPS if _together(offset, mask) else 0,
             HALF=x.dtype == torch.float16, PRECISION="tf32x3",
             TILE_Y=plan.tile_y, TILE_X=plan.tile_x, BLOCK_C=block_c, BLOCK_O=plan.block_o, SPLIT=plan.split,
             num_warps=plan.warps, num_stages=1,
@@ -208,6 +205,7 @@ def _check(
 ) -> None:
     batch, channels, height, width = x.shape
     outputs = weight.shape[-1]
+    offset, mask = _parts(offset, mask)
     wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "offset": (offset, (batch, 2 * TAPS, height, width)),
         "mask": (mask, (batch, TAPS, height, width)),
@@ -229,9 +227,15 @@ def _check(
         )
 
 
-def _launch_traced(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
-    """`launch` for a compiler, which records it and starts the kernel by its own means."""
-    wrap_triton(kernel)[grid](*arguments, **options)
+def _parts(offset: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets and masks, each by itself."""
+    if not _together(offset, mask):
+        return offset, mask
+    return offset[:, : 2 * TAPS], offset[:, 2 * TAPS : 3 * TAPS]
+
+
+def _together(offset: Tensor, mask: Tensor) -> bool:
+    return offset.shape == mask.shape and offset.shape[1] >= 3 * TAPS
 
 
 def _empty(x: Tensor, outputs: int) -> Tensor:
@@ -254,7 +258,7 @@ def _on_cpu(
     """The reference, in float32 as the kernel's sums are: programs that hold the operator run anywhere."""
     _check(x, offset, mask, weight, bias, shift_bias, None)
     _, channels, outputs = weight.shape
-    offset, mask = offset.float(), mask.float()
+    offset, mask = (part.float() for part in _parts(offset, mask))
     if shift_bias is not None:
         down_and_right, factor = torch.split(shift_bias.float()[:, None, None], [2 * TAPS, TAPS])
         offset, mask = offset + down_and_right, mask + factor
@@ -270,8 +274,4 @@ def _key(x: Tensor, outputs: int) -> tuple[object, ...]:
     return (*x.shape, outputs, x.dtype, x.device)
 
 
-# triton_op would complain about a missing Triton, aloud and whether anybody calls it or not.
-_operator = triton_op if importlib.util.find_spec("triton") else custom_op
-_registered: Any = _operator("tracker::deform_conv2d", mutates_args=())(_operate)
-_registered.register_fake(_shape)
-_registered.register_kernel("cpu")(_on_cpu)
+_registered: Any = register("tracker::deform_conv2d", _operate, shape=_shape, cpu=_on_cpu)

@@ -10,6 +10,7 @@ Nothing here asks for a GPU: torch.export takes it anywhere. Knows no files.
 
 from __future__ import annotations
 
+import copy
 from typing import cast
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812 (everybody's name for it)
 from torch import Tensor, nn
 
 from tracker.kernels.deform import pack_weight
+from tracker.kernels.tails import CHANNELS
 from tracker.models.deform import TAPS, DeformConv
 from tracker.models.dla import UpConv
 from tracker.models.fairmot import FairMOT
@@ -52,9 +54,9 @@ class Deployed(nn.Module):
         for name, layer in list(self.named_modules()):
             if isinstance(layer, nn.Conv2d):
                 self.set_submodule(name, _Convolution(layer))
+        wide = {name: copy.deepcopy(self.heads.last[name]) for name in WIDE}
         self.to(dtype)
-        for name in WIDE:
-            self.heads.last[name] = _Last(cast(nn.Conv2d, model.get_submodule(f"{name}.2")))
+        self.heads.last.update(wide)
         self.eval().requires_grad_(False)
 
     def _halve_stem(self) -> None:
@@ -135,46 +137,50 @@ class _Deform(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shifts = self.shifts(x)
-        offset, logits = shifts[:, : 2 * TAPS], shifts[:, 2 * TAPS : 3 * TAPS]
         answer: Tensor = torch.ops.tracker.deform_conv2d(
-            x, offset, logits, self.weight, self.bias, True, True, self.shift_bias
+            x, shifts, shifts, self.weight, self.bias, True, True, self.shift_bias
         )
         return answer
 
 
 class _Heads(nn.Module):
-    """All heads' first layers as one convolution; each last layer reads its part."""
+    """All heads' first layers as one convolution; each last layer reads its part, see `kernels.tails`."""
 
     def __init__(self, model: FairMOT) -> None:
         super().__init__()
         first = [cast(nn.Conv2d, model.get_submodule(f"{name}.0")) for name in HEADS]
-        self.first = nn.Conv2d(first[0].in_channels, sum(layer.out_channels for layer in first), 3, padding=1)
+        channels = sum(layer.out_channels for layer in first)
+        self.first = nn.Conv2d(first[0].in_channels, channels, 3, padding=1, bias=False)
         self.first.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in first]))
-        self.first.bias = nn.Parameter(torch.cat([cast(Tensor, layer.bias).detach() for layer in first]))
-        self.last = nn.ModuleDict(
-            {name: _Last(cast(nn.Conv2d, model.get_submodule(f"{name}.2"))) for name in HEADS}
-        )
-        self._parts = [layer.out_channels for layer in first]
+        self.last = nn.ModuleDict()
+        start = 0
+        for name, layer in zip(HEADS, first, strict=True):
+            last = cast(nn.Conv2d, model.get_submodule(f"{name}.2"))
+            self.last[name] = _Last(last, cast(Tensor, layer.bias), start)
+            start += layer.out_channels
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        hidden = torch.split(F.relu(self.first(x)).permute(0, 2, 3, 1), self._parts, dim=3)
-        return {
-            name: self.last[name](part).permute(0, 3, 1, 2) for name, part in zip(HEADS, hidden, strict=True)
-        }
+        hidden = self.first(x)
+        return {name: self.last[name](hidden) for name in HEADS}
 
 
 class _Last(nn.Module):
-    """A 1×1 convolution of (B, H, W, C), in the precision of its weight: a product of matrices, which takes a
-    part of more channels as it lies.
-    """
+    """A 1×1 convolution behind a ReLU, in the precision of its weight, of the channels from `start` on."""
 
-    def __init__(self, layer: nn.Conv2d) -> None:
+    def __init__(self, layer: nn.Conv2d, hidden_bias: Tensor, start: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(layer.weight.detach().flatten(1).clone())
         self.bias = nn.Parameter(cast(Tensor, layer.bias).detach().clone())
+        self.hidden_bias = nn.Parameter(hidden_bias.detach().clone())
+        self._start = start
 
-    def forward(self, x: Tensor) -> Tensor:
-        if len(self.weight) == 1 and x.dtype != self.weight.dtype:
-            # A sum, which compilers join with the cast; a product of matrices wants the wider copy in memory.
-            return (x.to(self.weight.dtype) * self.weight[0]).sum(-1, keepdim=True) + self.bias
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+    def forward(self, hidden: Tensor) -> Tensor:
+        count = self.weight.shape[1]
+        if count % CHANNELS:  # a small network's: what the kernel does, by torch's own operators
+            part = hidden[:, self._start : self._start + count].permute(0, 2, 3, 1)
+            rows = F.relu(part + self.hidden_bias.to(part.dtype)).to(self.weight.dtype)
+            return F.linear(rows, self.weight, self.bias).permute(0, 3, 1, 2)
+        answer: Tensor = torch.ops.tracker.last_layer(
+            hidden, self.weight, self.bias, self.hidden_bias, self._start
+        )
+        return answer

@@ -44,6 +44,7 @@ def deform(
     out_row,
     out_column,
     SIGMOID: tl.constexpr,  # of the masks
+    MASK_AT: tl.constexpr,  # channel of `mask` at which masks begin
     BIAS: tl.constexpr,
     SHIFT_BIAS: tl.constexpr,
     RELU: tl.constexpr,
@@ -83,7 +84,7 @@ def deform(
         tap = part * (9 // SPLIT) + turn
         down = tl.load(shifts + 2 * tap * offset_channel, mask=there, other=0.0).to(tl.float32)
         right = tl.load(shifts + (2 * tap + 1) * offset_channel, mask=there, other=0.0).to(tl.float32)
-        factor = tl.load(masks + tap * mask_channel, mask=there, other=0.0).to(tl.float32)
+        factor = tl.load(masks + (MASK_AT + tap) * mask_channel, mask=there, other=0.0).to(tl.float32)
         if SHIFT_BIAS:
             down += tl.load(shift_bias + 2 * tap).to(tl.float32)
             right += tl.load(shift_bias + 2 * tap + 1).to(tl.float32)
