@@ -6,15 +6,18 @@ import json
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import torch
 
+from tracker.masks import MaskBits
+from tracker.sinks import SUFFIXES
 from tracker.types import Frame, Image, Tracks
 
-SUFFIXES = {"mot": ".txt", "jsonl": ".jsonl", "dota": ".dota.txt", "video": ".mp4"}
 Number = int | float
 
 
@@ -28,6 +31,17 @@ def tracks_of(*rows: tuple[Number, ...], names: tuple[str, ...] = ("person", "ca
         label=table[:, 6].astype(np.int64),
         names=names,
     )
+
+
+def masked(tracks: Tracks, *pictures: np.ndarray, size: tuple[int, int] = (64, 48)) -> Tracks:
+    """The same with masks: those of the (H, W) pictures, or else all pixels of the boxes."""
+    pixels = torch.zeros((len(tracks), size[1], size[0]), dtype=torch.bool)
+    for row, (x1, y1, x2, y2) in enumerate(np.clip(tracks.xyxy, 0, np.tile(size, 2)).astype(int).tolist()):
+        if pictures:
+            pixels[row] = torch.from_numpy(pictures[row].astype(bool))
+        else:
+            pixels[row, y1:y2, x1:x2] = True
+    return replace(tracks, mask=MaskBits.pack(pixels, size))
 
 
 def bgr_image(size: tuple[int, int], colour: tuple[int, int, int] = (90, 120, 60)) -> Image:
@@ -63,9 +77,12 @@ def frames_in(path: Path) -> int:
     assert all(line.endswith("\n") for line in lines)
     if path.suffix == ".jsonl":
         return len([json.loads(line) for line in lines])
-    dota = path.name.endswith(SUFFIXES["dota"])
-    rows = [line.split(" " if dota else ",") for line in lines]
-    assert all(len(row) == (12 if dota else 10) for row in rows)
+    separator, columns = ",", 10
+    for kind, number in (("dota", 12), ("mots", 6)):
+        if path.name.endswith(SUFFIXES[kind]):
+            separator, columns = " ", number
+    rows = [line.split(separator) for line in lines]
+    assert all(len(row) == columns for row in rows)
     return len({row[0] for row in rows})
 
 

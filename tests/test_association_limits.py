@@ -244,7 +244,7 @@ def test_frame_rates_that_cannot_be(kind: str, frame_rate: float) -> None:
             {"settings": {"appearance_limit": 0.3}},
             "byte has no setting 'appearance_limit': it has birth",
         ),
-        ("jde", {"settings": {"hihg": 0.3}}, "jde has no setting 'hihg': it has appearance_limit, high"),
+        ("jde", {"settings": {"hihg": 0.3}}, "jde has no setting 'hihg': it has appearance_limit, cost"),
         ("jde", {"settings": {"official": True}}, "jde has no setting 'official'"),
     ],
 )

@@ -14,6 +14,7 @@ from tracker.boxes import (
     Fit,
     fit_center,
     fit_corner,
+    fit_corner_rounded,
     fit_stretch,
     iou,
     xywh_to_xyxy,
@@ -30,7 +31,7 @@ def xyah_to_xyxy(xyah: Array) -> Array:
     return corners(xyah.reshape(-1, 4).T).reshape(xyah.shape)
 
 
-FITS = [fit_corner, fit_center, fit_stretch]
+FITS = [fit_corner, fit_corner_rounded, fit_center, fit_stretch]
 
 
 # Conversions
@@ -154,6 +155,14 @@ def test_yolox_truncates_and_starts_in_the_corner(
     source: tuple[int, int], target: tuple[int, int], resized: tuple[int, int]
 ) -> None:
     assert fit_corner(source, target) == Fit(source, target, resized, (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("source", "resized"),
+    [((640, 483), (320, 242)), ((640, 480), (320, 240)), ((599, 1000), (192, 320)), ((1000, 1), (320, 1))],
+)
+def test_mmdet_rounds_halves_up(source: tuple[int, int], resized: tuple[int, int]) -> None:
+    assert fit_corner_rounded(source, (320, 320)) == Fit(source, (320, 320), resized, (0, 0))
 
 
 @pytest.mark.parametrize(

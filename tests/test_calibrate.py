@@ -42,6 +42,7 @@ from tracker.deploy.quantise import LEVELS, Quantiser, half_scales, unquantised
 from tracker.deploy.segments import cut
 from tracker.engine import describe, open_engine
 from tracker.errors import ConfigError, EngineError, SourceError
+from tracker.frontends.preprocess import Preprocessor
 from tracker.models.fairmot import FairMOTConfig, random_fairmot
 from tracker.pixels import to_bgr
 from tracker.runtimes.trt import trt_module
@@ -642,7 +643,7 @@ class TestPixels:
             )  # fmt: skip
         fed = observed[id(seen.histograms["images"])]
         frames = list(chosen([pictures], seen.choice.places))
-        preprocess = observing.Preprocessor(manifest.input, 1)
+        preprocess = Preprocessor(manifest.input, 1)
         for values, frame in zip(fed, frames, strict=True):
             torch.testing.assert_close(values, preprocess([frame])[0], rtol=0, atol=0)
         assert seen.histograms["images"].counts.shape == (BINS,)

@@ -32,6 +32,7 @@ from tracker.engine import describe
 from tracker.errors import ConfigError, DetectionsError, TrackerError
 from tracker.manifest import beside
 from tracker.manifest import write as write_manifest
+from tracker.masks import MaskBits
 from tracker.session import Options, Session
 from tracker.sinks import JsonlSink, MotSink, open_sinks
 from tracker.types import Detections, Frame, Outcome, Transfers
@@ -133,6 +134,40 @@ def test_processes_find_what_one_process_finds(
         assert crew.format_seconds > 0
     assert got == expected
     assert not pids_of_children()
+
+
+def test_masks_stay_here_and_come_back_with_their_tracks() -> None:
+    """Detections are handed over in turning order, two of them too weak to be tracked."""
+    masks = MaskBits.pack(torch.eye(12, dtype=torch.bool)[:, None].repeat(1, 8, 1), (12, 8))
+    given = []
+    for index in range(5):
+        order = np.roll(np.arange(12), index)
+        found = crowd(12, seed=0)
+        given.append(
+            (
+                [frame_of(0, index)],
+                [
+                    Detections(
+                        xyxy=found.xyxy[order],
+                        score=np.where(order < 2, 0.01, 0.9),
+                        label=found.label[order],
+                        mask=masks[order],
+                    )
+                ],
+            )
+        )
+    duty = Duty(name="clip", associate=Byte, masks=True)
+    here = [outcome.tracks for outcome in outcomes(LocalCrew([duty]), given)]
+    with ProcessCrew([duty], 1) as crew:
+        there = [outcome.tracks for outcome in outcomes(crew, given)]
+    first = {}
+    for a, b in zip(here, there, strict=True):
+        assert a.mask is not None and b.mask is not None
+        assert len(a) == 10 and torch.equal(a.mask.pasted(), b.mask.pasted())
+        which = b.mask.pasted()[:, 0].int().argmax(dim=1).tolist()
+        for track, column in zip(b.id.tolist(), which, strict=True):
+            assert first.setdefault(track, column) == column
+    assert sorted(first.values()) == list(range(2, 12))
 
 
 def test_sources_that_end_or_send_several_frames_keep_their_order() -> None:
@@ -479,7 +514,7 @@ def test_a_plain_script_needs_no_main_guard(engine: Path, clips: list[str], tmp_
 class Gpu:
     """Stands for a front end on a GPU, or where it is said to be; finds one object in every frame."""
 
-    names, max_batch, embeds, lanes = ("person",), 4, False, 2
+    names, max_batch, embeds, masks, lanes = ("person",), 4, False, False, 2
     problem: str | None = None
 
     def __init__(self, device: str = "cuda:0") -> None:

@@ -180,9 +180,27 @@ def test_a_yolov7_of_one_class_scores_by_objectness() -> None:
     np.testing.assert_allclose(found.score, [0.8])
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_boxes_inside_out_are_nothing_and_suppress_nothing(
+    request: pytest.FixtureRequest, place: str
+) -> None:
+    """RTMDet may answer sides that lie the wrong way round; the strongest such box has an area below 0."""
+    request.param = place
+    run: Run = run_at(request)
+    outputs = layout_of("rtmdet", "linear")
+    outputs["logits"] -= 9
+    outputs["distances"] += 1
+    outputs["distances"][0, 0, 13] = -2  # its left side is to the right of its right side
+    outputs["logits"][0, 2, 13], outputs["logits"][0, 2, 60] = 3.0, HALF
+    (found,) = run(decode, "rtmdet", outputs, {"conf": 0.25})
+    np.testing.assert_allclose(found[found[:, 4] > 0][:, 4], [0.75], rtol=1e-5)
+    np.testing.assert_allclose(detect("rtmdet", outputs, conf=0.25).score, [0.75], rtol=1e-5)
+
+
 @pytest.mark.parametrize("names", [("num_dets", "boxes", "scores", "labels"),
                                    ("num_dets", "det_boxes", "det_scores", "det_classes")])  # fmt: skip
-def test_end_to_end_rows_beyond_their_count_are_nothing(names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("frontend", ["yolov6", "yolox-end2end"])
+def test_end_to_end_rows_beyond_their_count_are_nothing(names: tuple[str, ...], frontend: str) -> None:
     """EfficientNMS leaves old rows there; mmyolo's graph appends one of label −1."""
     counts, box, score, label = names
     outputs = {
@@ -191,7 +209,7 @@ def test_end_to_end_rows_beyond_their_count_are_nothing(names: tuple[str, ...]) 
         score: torch.tensor([[0.9, 0.8, 0.7, 0.0]]),
         label: torch.tensor([[0, 79, 1, -1]], dtype=torch.int32),
     }
-    found = detect("yolov6", outputs)
+    found = detect(frontend, outputs)
     np.testing.assert_allclose(found.score, [0.9, 0.8])
     assert found.label.tolist() == [0, 79]
     np.testing.assert_allclose(found.xyxy, [(1, 2, 3, 4), (5, 6, 9, 9)])

@@ -60,6 +60,18 @@ ROWS = {"SIDES": 4, "INDEX_BITS": 16, "SLOTS": 512, "BLOCK": 8, "BLOCK_D": 128}
 SORT = {"ROW": 6, "KIND": "undecoded", "CLASSES": 128, "INDEX_BITS": 21, "SLOTS": 1024, "BLOCK": 16}
 
 
+ROI_ALIGN = {
+    **{"features": "*fp16", "boxes": "*fp32", "levels": "*i32", "out": "*fp16", "scale": "fp32"},
+    **dict.fromkeys(("channels", "features_row", "features_column", "features_image"), "i32:16"),
+}
+MASK_BITS = {
+    **dict.fromkeys(("probability", "score", "weight_x", "weight_y"), "*fp32"),
+    **dict.fromkeys(("rows_inside", "columns_inside"), "*i1"),
+    **dict.fromkeys(("first_x", "first_y"), "*i64"),
+    **{"bits": "*u8", "box": "*i32", "rows": "i32", "columns": "i32", "threshold": "fp32"},
+}
+
+
 class Kernel(NamedTuple):
     """A function of jit/<module>.py, compile-time values, types other than above, Triton's options."""
 
@@ -105,6 +117,10 @@ KERNELS = {
         TAIL | {"BLOCK": 128, "BLOCK_K": 32, "BLOCK_N": 16, "PRECISION": "ieee"},
         {"weight": "*fp32", "bias": "*fp32", "hidden_bias": "*fp32"},
     ),
+    "roi align": Kernel(
+        "roi_align", "roi_align", {"SIDE": 7, "BLOCK": 256, "features_channel": 1}, ROI_ALIGN
+    ),
+    "mask bits": Kernel("mask_bits", "mask_bits", {"ROWS": 8, "BYTES": 32}, MASK_BITS),
 }
 LEAST_SHARED_MEMORY = 99 * 1024  # bytes that a program may have on any GPU since Ampere
 A_FEW_REGISTERS = 64  # bytes per thread that may spill

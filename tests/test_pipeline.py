@@ -46,7 +46,7 @@ class CountingSource:
 class OneBox:
     """Finds one confident object in every frame, in threads of its own."""
 
-    names, embeds = ("thing",), False
+    names, embeds, masks = ("thing",), False, False
 
     def __init__(self, max_batch: int = 1, lanes: int = 1) -> None:
         self.max_batch, self.lanes, self.seconds = max_batch, lanes, {"inference": 0.0}

@@ -16,17 +16,17 @@ import pytest
 from results import (
     NO_TRACKS,
     ONE_TRACK,
-    SUFFIXES,
     Number,
     frame_of,
     frames_in,
+    masked,
     noise_image,
     small_disk,
     tracks_of,
 )
 
 from tracker.errors import ConfigError, SinkError
-from tracker.sinks import KINDS, MotSink, open_sinks
+from tracker.sinks import KINDS, SUFFIXES, MotSink, open_sinks
 from tracker.sinks.jsonl import format_line
 from tracker.sinks.mot import format_rows
 from tracker.sinks.video import FRAMES_BEHIND
@@ -86,6 +86,8 @@ def test_json_lines_never_hold_what_json_does_not_know() -> None:
 
 # Partial until whole
 
+ONE_MASK = masked(ONE_TRACK)
+
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
@@ -100,7 +102,7 @@ def open_one(kind: str, directory: Path, stem: str = "clip") -> Sink:
 def test_a_result_gets_its_final_name_when_it_is_whole(kind: str, tmp_path: Path) -> None:
     final, partial = tmp_path / f"a/b/v1.2{SUFFIXES[kind]}", tmp_path / f"a/b/v1.2.partial{SUFFIXES[kind]}"
     sink = open_one(kind, tmp_path / "a/b", "v1.2")
-    sink.write(frame_of(0), ONE_TRACK)
+    sink.write(frame_of(0), ONE_MASK)
     assert partial.exists()
     assert not final.exists()
     sink.close(complete=True)
@@ -115,7 +117,7 @@ def test_an_interrupted_run_leaves_its_finished_frames_under_the_partial_name(
     [sink] = open_sinks([kind], tmp_path, "clip", frame_rate=10)
     with pytest.raises(KeyboardInterrupt), sink:  # type: ignore[attr-defined]
         for index in range(5):
-            sink.write(frame_of(index), ONE_TRACK)
+            sink.write(frame_of(index), ONE_MASK)
         raise KeyboardInterrupt
     [path] = tmp_path.iterdir()
     assert path.name == f"clip.partial{SUFFIXES[kind]}"
@@ -129,7 +131,7 @@ def test_an_earlier_result_survives_a_failed_rerun_and_yields_to_a_whole_one(
     for frames, complete, survivor in ((3, True, 3), (2, False, 3), (4, True, 4)):
         sink = open_one(kind, tmp_path)
         for index in range(frames):
-            sink.write(frame_of(index), ONE_TRACK)
+            sink.write(frame_of(index), ONE_MASK)
         sink.close(complete=complete)
         assert frames_in(final) == survivor
 
@@ -137,14 +139,14 @@ def test_an_earlier_result_survives_a_failed_rerun_and_yields_to_a_whole_one(
 ENDLESS_RUN = """
 import sys, time
 from pathlib import Path
-from results import ONE_TRACK, frame_of, noise_image
+from results import ONE_TRACK, frame_of, masked, noise_image
 from tracker.sinks import KINDS, open_sinks
 sinks = open_sinks(KINDS, Path(sys.argv[1]), "clip", frame_rate=10)
-image, index = noise_image(0), 0
+image, index, tracks = noise_image(0), 0, masked(ONE_TRACK)
 try:
     while True:
         for sink in sinks:
-            sink.write(frame_of(index, image=image), ONE_TRACK)
+            sink.write(frame_of(index, image=image), tracks)
         index += 1
         print(index, flush=True)
         time.sleep(float(sys.argv[2]))
@@ -177,6 +179,7 @@ def test_a_killed_or_interrupted_process_leaves_whole_lines_and_a_video_that_pla
     assert set(frames) == {f"clip.partial{suffix}" for suffix in SUFFIXES.values()}
     assert frames["clip.partial.txt"] - written in (0, 1)  # one may be written but not yet reported
     assert frames["clip.partial.jsonl"] - written in (0, 1)
+    assert frames["clip.partial.mots.txt"] - written in (0, 1)
     if number == signal.SIGINT:
         assert frames["clip.partial.mp4"] - written in (0, 1)
     else:  # a second of film is a fragment; x264 and the queue hold some more frames
@@ -236,7 +239,7 @@ def test_a_read_only_disk_is_refused_at_once(kind: str, tmp_path: Path) -> None:
 
 def write_until_it_fails(sink: Sink) -> tuple[int, SinkError]:
     """Frames accepted, and what was said then. Noise and long rows fill a disk quickly."""
-    crowd = tracks_of(*((i, i, i, i + 20, i + 30, 0.5, 0) for i in range(1, 60)))
+    crowd = masked(tracks_of(*((i, i, i, i + 20, i + 30, 0.5, 0) for i in range(1, 60))), size=(160, 120))
     for index in range(2000):
         try:
             sink.write(frame_of(index, image=noise_image(index)), crowd)
@@ -255,7 +258,7 @@ def test_a_full_disk_is_told_and_what_fitted_is_whole(kind: str, tmp_path: Path)
         )
         with pytest.raises(SinkError, match="No space left"):  # hopeless now, but never a deadlock
             for index in range(3 * FRAMES_BEHIND):
-                sink.write(frame_of(frames + index, image=noise_image(index)), ONE_TRACK)
+                sink.write(frame_of(frames + index, image=noise_image(index)), ONE_MASK)
         sink.close(complete=False)
         with pytest.raises(SinkError, match="No space left"):
             sink.close(complete=True)
@@ -293,7 +296,7 @@ def open_files() -> list[str]:
 
 
 def test_an_unknown_kind_is_refused_before_any_file_is_touched(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot save 'csv': choose among mot, jsonl, dota, video"):
+    with pytest.raises(ConfigError, match="cannot save 'csv': choose among mot, jsonl, dota, mots, video"):
         open_sinks(["mot", "csv"], tmp_path / "out", "clip", frame_rate=10)
     assert not (tmp_path / "out").exists()
 

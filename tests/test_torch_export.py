@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import subprocess
+import sys
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -246,6 +248,13 @@ class TestFairmot:
     def test_threads_are_not_for_it(self, fairmot: Path) -> None:
         with pytest.raises(ConfigError, match=r"threads is 2; it is for \.onnx files alone"):
             open_engine(fairmot, device="cpu", threads=2)
+
+
+def test_what_programs_hold_by_name_is_known_where_they_are_opened() -> None:
+    """In a process of its own: tests have imported it all."""
+    code = "import torch, tracker.runtimes.torch_export; operators = torch.ops.tracker; "
+    code += "operators.deform_conv2d.default; operators.last_layer.default"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def packaged(path: Path, **metadata: str | None) -> Path:

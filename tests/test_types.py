@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tracker.errors import DetectionsError, TrackerError
+from tracker.masks import MaskBits
 from tracker.types import Detections, FrameCounts, Track, Tracks
 
 FIELDS: dict[str, Any] = {
@@ -118,3 +120,38 @@ def test_what_was_detected_and_tracked_stays_so() -> None:
 def test_lost_frames_are_those_the_user_expected() -> None:
     assert FrameCounts(declared=10, decoded=5, corrupt=2, dropped=1, missing=2).lost == 4
     assert FrameCounts().lost == 0
+
+
+# Masks
+
+
+def test_there_is_a_mask_for_each_detection() -> None:
+    masks = MaskBits(torch.zeros((3, 40, 6), dtype=torch.uint8), (48, 40))
+    with pytest.raises(DetectionsError, match="there must be 2 masks, one of each detection; got 3"):
+        Detections(**FIELDS, mask=masks)
+    assert Detections(**FIELDS, mask=masks[:2]).mask is not None
+
+
+def test_a_track_has_the_mask_of_the_detection_it_was_given() -> None:
+    pixels = torch.zeros((2, 40, 48), dtype=torch.bool)
+    pixels[0, 3, 4] = pixels[1, 30, 20] = True
+    found = Detections(**FIELDS, mask=MaskBits.pack(pixels, (48, 40)))
+    bare = Tracks(
+        id=np.array([7, 8, 9]),
+        xyxy=np.zeros((3, 4)),
+        score=np.ones(3),
+        label=np.zeros(3, int),
+        row=np.array([1, -1, 0]),
+    )
+    assert bare.mask is None and bare[0].mask is None and [track.mask for track in bare] == [None] * 3
+    tracks = bare.with_masks(found)
+    for shown in (list(tracks), [tracks[0], tracks[1], tracks[-1]], tracks[:]):
+        first, unseen, last = (track.mask for track in shown)
+        assert first is not None and unseen is not None and last is not None
+        assert first.crop(0)[:2] == (20, 30) and last.crop(0)[:2] == (4, 3)
+        assert unseen.area.tolist() == [0]
+
+
+def test_without_masks_tracks_stay_as_they_are() -> None:
+    tracks = Tracks(id=np.array([7]), xyxy=np.zeros((1, 4)), score=np.ones(1), label=np.zeros(1, int))
+    assert tracks.with_masks(Detections(**FIELDS)) is tracks

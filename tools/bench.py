@@ -6,6 +6,7 @@ bench.py association --official-fairmot ../FairMOT --official-bytetrack ../ByteT
 bench.py pipeline video.mp4 --engine yolox_nano.onnx
 bench.py engine fairmot_fp32.engine fairmot_fp16.engine --batch 1,4,8 --json engine.json
 bench.py engine fairmot.engine --peers
+bench.py masks --seeds 10
 
 Association runs on one thread. The official trackers run from your own clones of ifzhang/FairMOT and
 ifzhang/ByteTrack (they need cython-bbox); they must answer what ours answers with --compat, else the exit
@@ -82,6 +83,20 @@ def parser() -> argparse.ArgumentParser:
         "argument and prints 'F ms per frame'",
     )
     association.add_argument("--json", type=Path, metavar="OUT", help="write all figures there as well")
+    masks = subjects.add_parser(
+        "masks", help="association by boxes and by masks, where things touch", allow_abbrev=False
+    )
+    masks.add_argument(
+        "--seeds", type=positive, default=10, metavar="N", help="scenes (default: %(default)s)"
+    )
+    masks.add_argument(
+        "--frames", type=positive, default=150, metavar="N", help="of each (default: %(default)s)"
+    )
+    masks.add_argument(
+        "--objects", type=positive, default=30, metavar="N", help="in each (default: %(default)s)"
+    )
+    masks.add_argument("--device", default="cpu", help="where masks are (default: %(default)s)")
+    masks.add_argument("--json", type=Path, metavar="OUT", help="write all figures there as well")
     pipeline = subjects.add_parser(
         "pipeline", help="what a run costs beyond its detector", allow_abbrev=False
     )
@@ -272,6 +287,22 @@ def peers_of(
     return measure
 
 
+def masks(options: argparse.Namespace) -> int:
+    from tracker.deploy import mask_contest
+    from tracker.deploy.scenes.tangles import TangleConfig
+
+    config = TangleConfig(frames=options.frames, objects=options.objects)
+    scores = []
+    for seed in range(options.seeds):
+        print(f"scene {seed}", file=sys.stderr)
+        scores += mask_contest.contest(seed, config, device=options.device)
+    print(mask_contest.table(scores))
+    print(f"\n{options.objects} objects, {options.frames} frames; masks on {options.device}; {where()}")
+    if options.json:
+        write_json(options.json, [asdict(score) for score in scores])
+    return 0
+
+
 def where() -> str:
     import torch
 
@@ -289,7 +320,8 @@ def write_json(path: Path, content: object) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
-        return {"association": association, "pipeline": pipeline, "engine": engine}[options.subject](options)
+        subjects = {"association": association, "pipeline": pipeline, "engine": engine, "masks": masks}
+        return subjects[options.subject](options)
     except TrackerError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@
 
 evaluate.py --gt gt.txt --results R.txt         one sequence
 evaluate.py --gt DIR --results DIR              SEQ/gt/gt.txt against SEQ.txt, each and all together
+evaluate.py --format mots --gt … --results …    masks: sMOTSA and MOTSA in MOTA's place
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import get_args
 
 from tracker.errors import SinkError, TrackerError
-from tracker.evaluation import Benchmark, evaluate, find_pairs
+from tracker.evaluation import Benchmark, Format, evaluate, find_pairs
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,6 +26,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--gt", type=Path, required=True, help="gt.txt, or a folder of SEQ/gt/gt.txt")
     parser.add_argument("--results", type=Path, required=True, help="MOT rows, or a folder of SEQ.txt")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores there as well")
+    parser.add_argument(
+        "--format",
+        choices=get_args(Format),
+        default="mot",
+        help="of both: mot for boxes (default), mots for masks (SEQ.mots.txt or SEQ.txt)",
+    )
     parser.add_argument(
         "--scale", type=float, default=1.0, metavar="F", help="multiply result boxes by F (default: 1)"
     )
@@ -40,8 +47,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
-        pairs = find_pairs(options.gt, options.results)
-        report = evaluate(pairs, benchmark=options.benchmark, scale=options.scale)
+        pairs = find_pairs(options.gt, options.results, format=options.format)
+        report = evaluate(pairs, benchmark=options.benchmark, scale=options.scale, format=options.format)
         print(report.table())
         if options.json:
             write_json(options.json, report.to_json())

@@ -26,8 +26,8 @@ def track(
 
     Of several sources `frame.source` says which one a frame is from. Live ones (`rtsp://…`, `webcam:0`, or
     files with realtime=True) go on until you stop. Writes nothing unless `save` names kinds of result
-    ("mot", "jsonl", "dota", "video"); the other options are the fields of `session.Options`, which are those
-    of the command. Stop iterating whenever you like: threads and files are closed with the
+    ("mot", "jsonl", "dota", "mots", "video"); the other options are the fields of `session.Options`, which
+    are those of the command. Stop iterating whenever you like: threads and files are closed with the
     iterator, and results of an unfinished run stay marked partial.
 
     Raises TrackerError at the first step for a source, engine or option that cannot be used; and at the

@@ -87,6 +87,13 @@ def fit_corner(source_size: tuple[int, int], input_size: tuple[int, int]) -> Fit
     return Fit(source_size, input_size, resized, (0, 0))
 
 
+def fit_corner_rounded(source_size: tuple[int, int], input_size: tuple[int, int]) -> Fit:
+    """As `fit_corner`, sizes rounded, halves up: mmdet's rule (`mmcv/image/geometric.py:_scale_size`)."""
+    ratio = min(input_size[0] / source_size[0], input_size[1] / source_size[1])
+    resized = (max(1, int(source_size[0] * ratio + 0.5)), max(1, int(source_size[1] * ratio + 0.5)))
+    return Fit(source_size, input_size, resized, (0, 0))
+
+
 def fit_center(source_size: tuple[int, int], input_size: tuple[int, int]) -> Fit:
     """Keep the aspect ratio, image in the middle, padding around: the letterbox.
 

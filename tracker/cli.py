@@ -85,8 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     option("--engine", help="an .onnx, .engine (TensorRT) or .pt2 (torch) file, with its manifest beside it")
     option("--tracker", choices=("jde", "byte"), help="default: jde if the engine embeds, else byte")
     option("--compat", choices=("fairmot", "bytetrack"), help="do exactly as that published tracker")
+    option(
+        "--cost", choices=("box", "mask"), help="mask: where objects touch, compare masks too (default: box)"
+    )
     option("--out", metavar="DIR", help="directory for results (default: runs/<name>)")
-    option("--save", metavar="LIST", type=_names, help="of mot,jsonl,dota,video (default: mot)")
+    option("--save", metavar="LIST", type=_names, help="of mot,jsonl,dota,mots,video (default: mot)")
     option("--device", help="auto, cpu or cuda:N (default: auto)")
     option("--classes", metavar="LIST", type=_names, help="classes to track, such as person,car")
     option("--conf", type=float, metavar="F", help="detections above it are confident")

@@ -3,14 +3,17 @@
 One frame's association is some hundred NumPy calls in a row, which keep Python to themselves. For one
 source they fit between two frames. Several sources on a GPU leave them less time than they take, so they
 go to other processes: each source belongs to one of them, all work at once, and what this process keeps is
-to hand detections over and to take tracks back.
+to hand detections over and to take tracks back. Masks are not handed over: they stay where they were found,
+and each track is given that of its detection when it comes back.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from time import perf_counter
 from typing import Any, Self
 
 from tracker import wire
@@ -66,11 +69,12 @@ class ProcessCrew:
     """
 
     def __init__(self, duties: Sequence[Duty], processes: int) -> None:
-        self._duties = dict(enumerate(duties))
+        self._words: dict[int, tuple[Callable[[Frame, Tracks], str], ...]] = {}  # of sources with masks
+        self._duties = {source: self._share(source, duty) for source, duty in enumerate(duties)}
         # Without duties all are still to come, for as many as there may be.
         self._count = min(processes, len(duties)) if duties else processes
         self._members: list[_Member] = []
-        self._frames: Sequence[Frame] = ()  # under way
+        self._under_way: Sequence[tuple[Frame, Detections]] = ()
         self._names: dict[int, tuple[str, ...]] = {}
         self._stack = ExitStack()
         self.associate_seconds = self.format_seconds = 0.0
@@ -89,37 +93,48 @@ class ProcessCrew:
         self._stack.close()
 
     def add(self, source: int, duty: Duty) -> None:
-        self._members[source % self._count].change(source, duty)
+        self._members[source % self._count].change(source, self._share(source, duty))
 
     def remove(self, source: int) -> None:
         """Not while one of its frames is under way."""
         self._members[source % self._count].change(source, None)
         self._names.pop(source, None)
+        self._words.pop(source, None)
 
     def associate(self, frames: Sequence[Frame], found: Sequence[Detections]) -> Iterator[Outcome]:
         # Answers are taken before new tasks are given: both ends of two full pipes would wait for ever.
         outcomes = self.finish()
         shares: list[list[tuple[Frame, Detections]]] = [[] for _ in self._members]
-        for pair in zip(frames, found, strict=True):
+        pairs = list(zip(frames, found, strict=True))
+        for pair in pairs:
             shares[pair[0].source % self._count].append(pair)
         for member, share in zip(self._members, shares, strict=True):
             if share:
                 member.give(share)
-        self._frames = frames
+        self._under_way = pairs
         return outcomes
 
     def finish(self) -> Iterator[Outcome]:
-        frames, self._frames = self._frames, ()
+        pairs, self._under_way = self._under_way, ()
         answers = {}
-        for number in {frame.source % self._count for frame in frames}:
+        for number in {frame.source % self._count for frame, _ in pairs}:
             answer, columns = self._members[number].answer()
             self.associate_seconds += answer.associate_seconds
             self.format_seconds += answer.format_seconds
             answers[number] = deque(answer.done), iter(columns), answer.failure
-        return self._in_order(frames, answers)
+        return self._in_order(pairs, answers)
 
-    def _in_order(self, frames: Sequence[Frame], answers: dict[int, Any]) -> Iterator[Outcome]:
-        for frame in frames:
+    def _share(self, source: int, duty: Duty) -> Duty:
+        """A process's part of a duty: all, but not the words for masks, which it does not have."""
+        if not duty.masks:
+            return duty
+        self._words[source] = duty.lines_of
+        return replace(duty, lines_of=())
+
+    def _in_order(
+        self, pairs: Sequence[tuple[Frame, Detections]], answers: dict[int, Any]
+    ) -> Iterator[Outcome]:
+        for frame, found in pairs:
             done, columns, failure = answers[frame.source % self._count]
             if not done:
                 raise failure
@@ -127,7 +142,11 @@ class ProcessCrew:
             if names is not None:
                 self._names[frame.source] = names
             arrays = {name: next(columns) for name in TRACK_COLUMNS}
-            tracks = Tracks(**arrays, names=self._names[frame.source])
+            tracks = Tracks(**arrays, names=self._names[frame.source]).with_masks(found)
+            if words := self._words.get(frame.source):
+                begun = perf_counter()
+                texts = tuple(lines_of(frame, tracks).encode() for lines_of in words)
+                self.format_seconds += perf_counter() - begun
             yield Outcome(frame, tracks, texts, confirmed)
 
 

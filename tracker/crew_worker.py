@@ -18,8 +18,9 @@ from tracker.children import pipes_here
 from tracker.errors import TrackerError
 from tracker.types import Association, Detections, Frame, Tracks
 
-DETECTION_COLUMNS = tuple(field.name for field in fields(Detections))
-TRACK_COLUMNS = tuple(field.name for field in fields(Tracks) if field.name != "names")
+# Masks stay in the process that owns their device: see `crew`.
+DETECTION_COLUMNS = tuple(field.name for field in fields(Detections) if field.name != "mask")
+TRACK_COLUMNS = tuple(field.name for field in fields(Tracks) if field.name not in ("names", "mask"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,13 +29,15 @@ class Duty:
 
     name: of the source, for messages. associate: starts its association. lines_of: words a frame, for each
     text result. frame_rate: of a live source, whose frames are as far apart as their times say, not their
-    numbers; None for one whose frames are all there.
+    numbers; None for one whose frames are all there. masks: whether its detections have them, so that only
+    the process that has them too can word a frame.
     """
 
     name: str
     associate: Callable[[], Association]
     lines_of: tuple[Callable[[Frame, Tracks], str], ...] = ()
     frame_rate: float | None = None
+    masks: bool = False
 
 
 class Post:
@@ -57,7 +60,7 @@ class Post:
             self.association.rescale(frame.size[0] / self._size[0], frame.size[1] / self._size[1])
         self._size = frame.size
         moment = frame.index if self._frame_rate is None else frame.pts_seconds * self._frame_rate
-        tracks = self.association.update(moment, detections)
+        tracks = self.association.update(moment, detections).with_masks(detections)
         associated = perf_counter()
         texts = tuple(lines_of(frame, tracks).encode() for lines_of in self._lines_of)
         self.associate_seconds += associated - begun

@@ -18,6 +18,7 @@ from tracker.frontends.yolox import Yolox
 from tracker.manifest import Manifest, Precision
 from tracker.runtimes.lanes import LaneRuntime
 from tracker.runtimes.onnx import OnnxRuntime
+from tracker.runtimes.parts import PartsRuntime, in_parts
 from tracker.runtimes.segments import SegmentsRuntime, in_segments
 from tracker.runtimes.tensorrt import TensorRTRuntime
 from tracker.runtimes.torch_export import TorchExportRuntime
@@ -124,7 +125,7 @@ def open_runtime(
         raise ConfigError(f"threads is {threads}; it is for .onnx files alone: leave it out with {path}")
     if path.suffix == TORCH:
         return TorchExportRuntime(path, device=device, manifest=manifest, lanes=lanes)
-    kind = SegmentsRuntime if in_segments(path) else TensorRTRuntime
+    kind = SegmentsRuntime if in_segments(path) else PartsRuntime if in_parts(path) else TensorRTRuntime
     return kind(path, device=device, manifest=manifest, lanes=lanes)
 
 

@@ -25,7 +25,7 @@ from tracker.errors import ConfigError, SinkError, TrackerError
 from tracker.latency import Ages
 from tracker.pipeline import LivePipeline
 from tracker.session import LiveOptions, Options, Run, Session
-from tracker.sinks import KINDS, open_sinks
+from tracker.sinks import SUFFIXES, check_kinds, open_sinks
 from tracker.sinks.publish import LinePublisher, Listener, Mqtt, standard_output
 from tracker.sinks.push import RtspPush
 from tracker.sinks.rotating import RotatingSink, Rotation
@@ -42,7 +42,6 @@ OUTAGE_FRAMES = 150
 # Readers that are connecting, or waiting in silence, end within this or with the process.
 _LEAVE_SECONDS = 1.0
 _SUMMARY_SECONDS = 60.0
-_SUFFIXES = {"mot": ".txt", "jsonl": ".jsonl", "dota": ".dota.txt", "video": ".mp4"}
 _PUBLISH_SCHEMES = ("mqtt", "mqtts", "rtsp", "rtsps")
 
 
@@ -78,9 +77,7 @@ class LiveSession(Run):
         self._stay, self._allow_local = stay, allow_local
         if not options.sources and not stay:
             raise ConfigError("no source given: name a camera, such as rtsp://camera/stream or webcam:0")
-        for kind in options.save:
-            if kind not in KINDS:
-                raise ConfigError(f"cannot save {kind!r}: choose among {', '.join(KINDS)}")
+        check_kinds(options.save, masks=True)  # the engine is asked for them when it is opened
         self.beat = time.monotonic()
         self.tell: Callable[[str], None] = lambda text: None
         self._news: deque[str] = deque()
@@ -212,7 +209,7 @@ class LiveSession(Run):
             for kind in dict.fromkeys(self.options.save):
                 open_one = partial(_open_sink, kind, self.directory)
                 sinks.append(
-                    RotatingSink(self.directory, stem, _SUFFIXES[kind], open=open_one, rotation=rotation)
+                    RotatingSink(self.directory, stem, SUFFIXES[kind], open=open_one, rotation=rotation)
                 )
         sinks += [LinePublisher(listener, stem) for _, listener in self._listeners]
         sinks += [
@@ -235,7 +232,13 @@ class LiveSession(Run):
         if frame.source not in self._known:
             rate = stream.source.frame_rate
             associate = self._association(rate, outage_buffer=OUTAGE_FRAMES)
-            duty = Duty(name=stream.name, associate=associate, lines_of=stream.lines_of, frame_rate=rate)
+            duty = Duty(
+                name=stream.name,
+                associate=associate,
+                lines_of=stream.lines_of,
+                frame_rate=rate,
+                masks=self.frontend.masks,
+            )
             self._crew.add(frame.source, duty)
             stream.config = associate().config
             self._known.add(frame.source)

@@ -22,7 +22,7 @@ from tracker.errors import ConfigError, EngineError, SinkError
 FORMAT = 1
 
 Colour = Literal["bgr", "rgb"]
-Resize = Literal["corner", "center", "stretch"]
+Resize = Literal["corner", "corner_rounded", "center", "stretch"]
 Interpolation = Literal["linear", "area", "cubic"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Builder = Literal["tensorrt", "tensorrt_rtx"]
@@ -37,7 +37,8 @@ class Input:
 
     size: (width, height). layout: axes of the tensor. colour: order of its channels. mean, std: what is
     subtracted, then divided by, per channel in that order, in units of 0–255. resize: how the image is
-    placed, `boxes.fit_<resize>`. pad: value around it, in units of 0–255, normalised like a pixel.
+    placed, `boxes.fit_<resize>`. pad: value around it, or one per channel, in units of 0–255, normalised like
+    a pixel.
     interpolation: "linear" or "cubic" between pixels, or "area", the mean of what a pixel covers.
     """
 
@@ -48,7 +49,7 @@ class Input:
     mean: Triple
     std: Triple
     resize: Resize
-    pad: float
+    pad: float | Triple
     interpolation: Interpolation = "linear"
 
     def __post_init__(self) -> None:
@@ -61,7 +62,8 @@ class Input:
         positive = _is_triple(self.std) and min(self.std) > 0
         _check("input.std", self.std, positive, "three numbers above 0, in units of 0–255")
         _check_choice("input.resize", self.resize, get_args(Resize))
-        _check("input.pad", self.pad, _is_number(self.pad), "a number in units of 0–255")
+        padded = _is_number(self.pad) or _is_triple(self.pad)
+        _check("input.pad", self.pad, padded, "a number in units of 0–255, or three")
         _check_choice("input.interpolation", self.interpolation, get_args(Interpolation))
 
 

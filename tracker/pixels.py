@@ -132,6 +132,10 @@ def resize_bgr(image: Image, size: tuple[int, int], *, interpolation: int, work:
     return bgr
 
 
+def by_channel(pad: float | Triple) -> Triple:
+    return pad if isinstance(pad, tuple) else (pad, pad, pad)
+
+
 def network_input(
     image: Image,
     fit: Fit,
@@ -141,13 +145,14 @@ def network_input(
     rgb: bool = False,
     mean: Triple = (0.0, 0.0, 0.0),
     std: Triple = (1.0, 1.0, 1.0),
-    pad: float = 0.0,
+    pad: float | Triple = 0.0,
     interpolation: int = cv2.INTER_LINEAR,
 ) -> None:
     """Fill out (3, H, W) with (pixel − mean) / std, the image placed by `fit` and `pad` around it.
 
     out: one row of a batch, every value overwritten; H and W are those of fit.input_size.
-    mean, std: per channel in the order of `out`, in units of 0–255; so is pad, which is normalised too.
+    mean, std: per channel in the order of `out`, in units of 0–255; so is pad, which is normalised too, one
+    number for all channels or one for each.
     """
     width, height = fit.resized
     left, top = fit.offset
@@ -155,14 +160,15 @@ def network_input(
     bgr = resize_bgr(image, fit.resized, interpolation=interpolation, work=work)
     channels = work.array("planes", 3, height, width)
     cv2.split(bgr, list(channels))
-    for target, channel, low, scale in zip(out, channels[::-1] if rgb else channels, mean, std, strict=True):
+    ordered = channels[::-1] if rgb else channels
+    for target, channel, low, scale, around in zip(out, ordered, mean, std, by_channel(pad), strict=True):
         inside = target[rows, columns]
         np.copyto(inside, channel)
         if low != 0:
             inside -= low
         if scale != 1:
             inside /= scale
-        border = (pad - low) / scale
+        border = (around - low) / scale
         target[: rows.start] = border
         target[rows.stop :] = border
         target[rows, : columns.start] = border

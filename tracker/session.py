@@ -17,7 +17,7 @@ from typing import Any, Self, get_args
 import torch
 
 from tracker.addresses import LIVE_SCHEMES, redacted, scheme_of
-from tracker.association import make_association
+from tracker.association import COSTS, make_association
 from tracker.crew import CORES_PER_WORKER, LocalCrew, ProcessCrew
 from tracker.crew_worker import Duty
 from tracker.engine import open_engine
@@ -25,7 +25,7 @@ from tracker.errors import ConfigError, SinkError, TrackerError
 from tracker.manifest import Manifest
 from tracker.pipeline import Feed, Pipeline, ReadyFeed
 from tracker.runtimes.onnx import usable_cores
-from tracker.sinks import open_sinks
+from tracker.sinks import check_kinds, open_sinks
 from tracker.sinks.output import LineSink
 from tracker.sinks.rotating import Rotation
 from tracker.sources import Decode, NvdecFile, open_source
@@ -93,8 +93,10 @@ class Options:
     sources: video files, image directories, globs. engine: an engine file.
     tracker: "jde", "byte", or None: jde when the front end gives embeddings, else byte.
     compat: None, or "fairmot" or "bytetrack" to do exactly as that published tracker.
+    cost: "box", or "mask": masks count too where boxes touch several others. The engine must find masks, and
+    association stays in this process, which owns their device. None is box, or what settings say.
     out: directory for results; None is runs/<name>, numbered where that exists already.
-    save: kinds of result out of mot, jsonl, dota, video; empty writes nothing at all, no summary either.
+    save: kinds of result out of mot, jsonl, dota, mots, video; empty writes nothing, no summary either.
     device: "auto", "cpu" or "cuda:N". classes: names to track, empty for all.
     conf: score above which a detection is confident; weaker ones only keep tracks alive.
     frontend: needed only for an engine without manifest. max_frames: of each source.
@@ -113,6 +115,7 @@ class Options:
     engine: str
     tracker: str | None = None
     compat: str | None = None
+    cost: str | None = None
     out: str | None = None
     save: Sequence[str] = ("mot",)
     device: str = "auto"
@@ -131,6 +134,13 @@ class Options:
             raise ConfigError("no source given: name a video file, an image directory or a quoted glob")
         if self.conf is not None and not 0.0 < self.conf < 1.0:
             raise ConfigError(f"conf must lie between 0 and 1, got {self.conf}")
+        if self.cost is not None and self.cost not in COSTS:
+            raise ConfigError(f"cost is {self.cost!r}; it must be {' or '.join(COSTS)}")
+        if self.compares_masks and self.workers:
+            raise ConfigError(
+                f"workers is {self.workers}, but cost mask works in the process that owns the masks alone: "
+                "leave one of them out"
+            )
         if self.max_frames is not None and self.max_frames < 1:
             raise ConfigError(f"max_frames must be at least 1, got {self.max_frames}")
         if self.decode not in get_args(Decode):
@@ -140,9 +150,16 @@ class Options:
         if self.decoders is not None and self.decoders < 0:
             raise ConfigError(f"decoders must be 0 or more, got {self.decoders}")
 
+    @property
+    def compares_masks(self) -> bool:
+        """Whether association looks at masks."""
+        return bool(self.settings.get("cost", self.cost) == "mask")
+
     def tracker_settings(self, tracker: str) -> dict[str, Any]:
-        """`settings` with conf spelled out for that tracker; what was set by name wins."""
+        """`settings` with conf and cost spelled out for that tracker; what was set by name wins."""
         settings = dict(self.settings)
+        if self.cost is not None:
+            settings.setdefault("cost", self.cost)
         if self.conf is not None:
             settings.setdefault("high", self.conf)
             settings.setdefault("low", min(self.conf, DEFAULT_LOW))
@@ -279,6 +296,12 @@ class Run:
             compat=options.compat,
         )
         stack.callback(self.frontend.close)
+        check_kinds(options.save, masks=self.frontend.masks)
+        if options.compares_masks and not self.frontend.masks:
+            raise ConfigError(
+                "cost mask needs masks, and this engine finds boxes alone: leave it out, or use one that "
+                "finds masks, such as a Mask R-CNN or SOLOv2"
+            )
         self.tracker = options.tracker or ("jde" if self.frontend.embeds else "byte")
         self._transfers_before = replace(self.frontend.transfers)
 
@@ -300,6 +323,8 @@ class Run:
         )
 
     def _worker_count(self, streams: int) -> int:
+        if self.options.compares_masks:
+            return 0
         if self.options.workers is not None:
             return min(self.options.workers, streams)
         if self.frontend.device.type == "cpu" or streams == 1:
@@ -372,7 +397,8 @@ class Session(Run):
                         options.save, self.directory, stem, frame_rate=source.frame_rate
                     )
                 lines_of = tuple(sink.lines_of for sink in stream.sinks if isinstance(sink, LineSink))
-                duties.append(Duty(name=stem, associate=associate, lines_of=lines_of))
+                masks = self.frontend.masks
+                duties.append(Duty(name=stem, associate=associate, lines_of=lines_of, masks=masks))
             self.workers = self._worker_count(len(self.streams))
             if self.workers:
                 self._crew = stack.enter_context(ProcessCrew(duties, self.workers))

@@ -1,13 +1,14 @@
 """What travels from room to room: frames, detections, tracks, and what each room promises.
 
 Data only. Nothing here opens, computes or remembers. Arrays are NumPy on the host; planes of an
-`Image` may be torch tensors on a device (then nobody may call NumPy on them).
+`Image` may be torch tensors on a device (then nobody may call NumPy on them), and masks stay where they were
+found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, overload, runtime_checkable
 
 import numpy as np
@@ -17,6 +18,8 @@ from tracker.errors import DetectionsError
 
 if TYPE_CHECKING:
     import torch
+
+    from tracker.masks import Masks
 
 Floats = NDArray[np.float32] | NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -74,6 +77,7 @@ class Detections:
     angle: (N,) where boxes are rotated: radians by which each box is turned around its centre, from the x
         axis towards the y axis; xyxy are its corners before the turn (see `boxes.turned`). mmrotate's le90,
         the longer side along x and angles in −π/2…π/2, is one way to say it; others are as good.
+    mask: N instance masks of the picture, row for row, where the network finds them; still on its device.
 
     Raises DetectionsError for wrong shapes and for NaN or inf, which would silently spoil every track.
     """
@@ -83,6 +87,7 @@ class Detections:
     label: Labels
     embedding: Floats | None = None
     angle: Floats | None = None
+    mask: Masks | None = None
 
     def __post_init__(self) -> None:
         count = len(self.xyxy)
@@ -95,6 +100,8 @@ class Detections:
             raise DetectionsError(f"embedding needs shape ({count}, D), got {self.embedding.shape}")
         if self.angle is not None and self.angle.shape != (count,):
             raise DetectionsError(f"angle needs shape ({count},), got {self.angle.shape}")
+        if self.mask is not None and len(self.mask) != count:
+            raise DetectionsError(f"there must be {count} masks, one of each detection; got {len(self.mask)}")
         with np.errstate(over="ignore"):
             for name in ("xyxy", "score", "embedding", "angle"):
                 values = getattr(self, name)
@@ -120,6 +127,7 @@ class Track:
     """One tracked object in one frame. xyxy: (4,) corners in source pixels; label: class name.
 
     angle: of a rotated box, in radians; then xyxy are its corners before the turn, as in `Detections`.
+    mask: one row, where the network finds masks; keeping it keeps those of the whole frame.
     """
 
     id: int
@@ -127,6 +135,7 @@ class Track:
     score: float
     label: str
     angle: float | None = None
+    mask: Masks | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +144,8 @@ class Tracks(Sequence[Track]):
 
     id: (N,) from 1. xyxy: (N, 4) corners in source pixels. score: (N,). label: (N,) class index into
     names; an index beyond names is shown as its number. angle: (N,) of rotated boxes, as in `Detections`.
+    row: (N,) the detection of this frame that each track was given, −1 for none. mask: N masks, those of the
+    rows; the tracker leaves them out, whoever has the detections puts them in (`with_masks`).
     """
 
     id: NDArray[np.int64]
@@ -143,9 +154,17 @@ class Tracks(Sequence[Track]):
     label: Labels
     names: tuple[str, ...] = field(default=(), repr=False)
     angle: Floats | None = None
+    row: NDArray[np.int64] | None = field(default=None, repr=False)
+    mask: Masks | None = None
 
     def __len__(self) -> int:
         return len(self.id)
+
+    def with_masks(self, found: Detections) -> Tracks:
+        """The same, each with the mask of its detection in this frame, where there are masks."""
+        if found.mask is None or self.row is None:
+            return self
+        return replace(self, mask=found.mask[self.row])
 
     def name_of(self, label: int) -> str:
         return self.names[label] if 0 <= label < len(self.names) else str(label)
@@ -163,12 +182,18 @@ class Tracks(Sequence[Track]):
             float(self.score[index]),
             self.name_of(int(self.label[index])),
             None if self.angle is None else float(self.angle[index]),
+            None if self.mask is None else self.mask.one(index),
         )
 
     def __iter__(self) -> Iterator[Track]:
-        angle = [None] * len(self) if self.angle is None else self.angle.tolist()
-        rows = zip(self.id.tolist(), self.xyxy, self.score.tolist(), self.label.tolist(), angle, strict=True)
-        return (Track(i, xyxy, score, self.name_of(label), turn) for i, xyxy, score, label, turn in rows)
+        none = [None] * len(self)
+        angle = none if self.angle is None else self.angle.tolist()
+        mask = none if self.mask is None else map(self.mask.one, range(len(self)))
+        columns = self.id.tolist(), self.xyxy, self.score.tolist(), self.label.tolist(), angle, mask
+        return (
+            Track(number, xyxy, score, self.name_of(label), turn, pixels)
+            for number, xyxy, score, label, turn, pixels in zip(*columns, strict=True)
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -289,14 +314,16 @@ class Pending(Protocol):
 class Frontend(Protocol):
     """A detector: frames in, detections in source pixels out, one list entry per frame.
 
-    embeds: whether detections carry embeddings. lanes: batches it works on at once. device: where it
-    computes. frames_on: where frames had best lie. transfers: between its device and the host so far.
-    seconds: spent so far, by stage, in order. problem: what makes it slower than it should be, if anything.
+    embeds: whether detections carry embeddings. masks: whether they carry masks. lanes: batches it works on
+    at once. device: where it computes. frames_on: where frames had best lie. transfers: between its device
+    and the host so far. seconds: spent so far, by stage, in order. problem: what makes it slower than it
+    should be, if anything.
     """
 
     names: tuple[str, ...]
     max_batch: int
     embeds: bool
+    masks: bool
     lanes: int
 
     @property

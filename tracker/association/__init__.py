@@ -8,10 +8,11 @@ from typing import Any
 
 from tracker.association.byte import Byte, ByteConfig
 from tracker.association.jde import Jde, JdeConfig
+from tracker.association.settings import COSTS
 from tracker.errors import ConfigError
 from tracker.types import Association
 
-__all__ = ["Byte", "ByteConfig", "Jde", "JdeConfig", "make_association"]
+__all__ = ["COSTS", "Byte", "ByteConfig", "Jde", "JdeConfig", "make_association"]
 
 _PRESETS: dict[tuple[str, str | None], Callable[[], JdeConfig | ByteConfig]] = {
     ("jde", None): JdeConfig,

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tracker.association.lifecycle import TENTATIVE, TRACKED, TrackTable, buffer_frames
-from tracker.association.settings import check_settings
+from tracker.association.lifecycle import TENTATIVE, TRACKED
+from tracker.association.settings import check_settings, table_for
 from tracker.association.step import Step
 from tracker.matching import Pairs
 from tracker.types import Detections, Floats, Tracks
@@ -26,7 +26,8 @@ class ByteConfig:
     high: detections above it are confident; low: weak ones lie between low and high. birth: a new track
     needs this score. match_limit, weak_limit, tentative_limit: greatest cost of rounds 1, 2 and 3.
     track_buffer: frames at 30 fps a track may stay lost. outage_buffer: frames at 30 fps that the source
-    may be gone, with nobody to be seen, and tracks go on after it. official: see `TrackTable`.
+    may be gone, with nobody to be seen, and tracks go on after it. cost: "box", or "mask": masks
+    count too where boxes touch several others (`Step.overlapping`). official: see `TrackTable`.
     """
 
     high: float = 0.6
@@ -37,6 +38,7 @@ class ByteConfig:
     tentative_limit: float = 0.7
     track_buffer: int = 30
     outage_buffer: int = 0
+    cost: str = "box"
     official: bool = False
 
     def __post_init__(self) -> None:
@@ -55,9 +57,7 @@ class Byte:
         self, config: ByteConfig | None = None, *, frame_rate: float = 30.0, names: tuple[str, ...] = ()
     ) -> None:
         self.config = config or ByteConfig()
-        buffer = buffer_frames(frame_rate, self.config.track_buffer)
-        outage = buffer_frames(frame_rate, self.config.outage_buffer)
-        self.table = TrackTable(buffer=buffer, outage=outage, official=self.config.official, names=names)
+        self.table = table_for(self.config, frame_rate=frame_rate, names=names)
 
     @property
     def confirmed(self) -> int:

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tracker.association.lifecycle import TENTATIVE, TRACKED, TrackTable, buffer_frames, normalised
-from tracker.association.settings import check_settings
+from tracker.association.lifecycle import TENTATIVE, TRACKED, normalised
+from tracker.association.settings import check_settings, table_for
 from tracker.association.step import Step
 from tracker.errors import DetectionsError
+from tracker.matching import Indices
 from tracker.types import Detections, Tracks
 
 
@@ -33,7 +34,8 @@ class JdeConfig:
     round 2 can pick up what is refused, see docs/log.md). overlap_limit, weak_limit, tentative_limit:
     greatest 1 − IoU of rounds 2 to 4. track_buffer: frames at 30 fps a track may stay lost.
     outage_buffer: frames at 30 fps that the source may be gone, with nobody to be seen, and tracks go on
-    after it. official: see `TrackTable`.
+    after it. cost: "box", or "mask": masks count too where boxes touch several others
+    (`Step.overlapping`). official: see `TrackTable`.
     """
 
     high: float = 0.4
@@ -45,6 +47,7 @@ class JdeConfig:
     tentative_limit: float = 0.7
     track_buffer: int = 30
     outage_buffer: int = 0
+    cost: str = "box"
     official: bool = False
 
     def __post_init__(self) -> None:
@@ -63,9 +66,7 @@ class Jde:
         self, config: JdeConfig | None = None, *, frame_rate: float = 30.0, names: tuple[str, ...] = ()
     ) -> None:
         self.config = config or JdeConfig()
-        buffer = buffer_frames(frame_rate, self.config.track_buffer)
-        outage = buffer_frames(frame_rate, self.config.outage_buffer)
-        self.table = TrackTable(buffer=buffer, outage=outage, official=self.config.official, names=names)
+        self.table = table_for(self.config, frame_rate=frame_rate, names=names)
 
     @property
     def confirmed(self) -> int:
@@ -82,7 +83,8 @@ class Jde:
         A live source's moments are no whole numbers: time is counted in frames.
         """
         config, table = self.config, self.table
-        detections = self._relevant(detections)
+        relevant = (detections.score > config.low).nonzero()[0]
+        detections = self._relevant(detections, relevant)
         embedding = detections.embedding
         assert embedding is not None
         if table.feature is None:
@@ -96,10 +98,10 @@ class Jde:
         step.take(step.overlapping(tracked, confident), config.overlap_limit)
         step.take(step.overlapping(tracked, ~confident), config.weak_limit)
         step.take(step.overlapping(~seen, confident), config.tentative_limit)
-        return step.finish(newborn=confident)
+        return step.finish(newborn=confident, rows=relevant)
 
-    def _relevant(self, detections: Detections) -> Detections:
-        """Those above `low`, with embeddings of length 1."""
+    def _relevant(self, detections: Detections, keep: Indices) -> Detections:
+        """Those to keep, with embeddings of length 1."""
         embedding = detections.embedding
         if embedding is None:
             raise DetectionsError("jde needs embeddings and the detections have none: use the byte tracker")
@@ -108,11 +110,11 @@ class Jde:
             raise DetectionsError(
                 f"embeddings have {embedding.shape[1]} numbers, earlier frames had {known.shape[1]}"
             )
-        keep = detections.score > self.config.low
         return Detections(
             xyxy=detections.xyxy[keep],
             score=detections.score[keep],
             label=detections.label[keep],
             embedding=normalised(embedding[keep]),
             angle=None if detections.angle is None else detections.angle[keep],
+            mask=None if detections.mask is None else detections.mask[keep],
         )

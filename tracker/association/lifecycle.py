@@ -11,7 +11,7 @@ Which detection goes to which track is decided elsewhere; see jde.py and byte.py
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from tracker import boxes, kalman
 from tracker.errors import ConfigError, DetectionsError
 from tracker.matching import Indices, overlaps
 from tracker.types import Detections, Tracks
+
+if TYPE_CHECKING:
+    from tracker.association.silhouettes import Silhouettes
 
 Array = NDArray[Any]
 
@@ -39,7 +42,10 @@ DUPLICATE_DISTANCE = 0.15
 # Results the official writers leave out: smaller than 100 square pixels, or wider than 1.6 heights.
 OFFICIAL_MIN_AREA, OFFICIAL_MAX_ASPECT = 100.0, 1.6
 
-_COLUMNS = ("id", "status", "label", "score", "born", "seen", "expired", "detected", "feature")
+_COLUMNS = (
+    "id", "status", "label", "score", "born", "seen", "expired", "row", "detected", "feature",
+    "silhouette", "place",
+)  # fmt: skip
 
 
 def measurements(xyxy: Array, angle: Array | None = None) -> NDArray[np.float64]:
@@ -84,6 +90,13 @@ def normalised(vectors: Array) -> NDArray[np.float32]:
     return scaled
 
 
+def _within(outer_xyxy: Array, xyxy: Array) -> NDArray[np.float64]:
+    """(N, 4) corners as shares of the outer boxes' sides."""
+    low, size = outer_xyxy[:, :2], np.maximum(outer_xyxy[:, 2:] - outer_xyxy[:, :2], 1e-6)
+    share: NDArray[np.float64] = (xyxy - np.tile(low, 2)) / np.tile(size, 2)
+    return share
+
+
 def buffer_frames(frame_rate: float, track_buffer: int) -> int:
     """How many frames a track may stay lost: track_buffer is counted at 30 fps, as in the official code."""
     if not 0 < frame_rate < math.inf:
@@ -100,9 +113,18 @@ class TrackTable:
     matchable for one more frame, and if it is matched then its next loss ends it at once; of a seen and a
     lost track on one spot one ends, though it may be hidden exactly behind the other; the reported box is
     the filter's mean, which lags behind the detection, and small or wide boxes are not reported.
+    silhouettes: where masks are compared, those of its tracks.
     """
 
-    def __init__(self, *, buffer: int, official: bool, outage: int = 0, names: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        buffer: int,
+        official: bool,
+        outage: int = 0,
+        names: tuple[str, ...] = (),
+        silhouettes: Silhouettes | None = None,
+    ) -> None:
         self.buffer, self.outage, self.official, self.names = buffer, outage, official, names
         self.frame: float | None = None
         self.next_id = 1
@@ -114,10 +136,18 @@ class TrackTable:
         self.born = np.empty(0)  # moments, in frames
         self.seen = np.empty(0)
         self.expired = np.empty(0, bool)  # official only: on the list of removed ids
-        self.detected = np.empty((0, 4))  # last matched detection, xyxy; of rotated boxes (N, 5) cxcywhr
+        self.row = np.empty(0, np.int64)  # last matched detection, among those of its frame
+        self.detected = np.empty((0, 4))  # and its box, xyxy; of rotated boxes (N, 5) cxcywhr
         self.state = np.empty((5, 4, 0))  # of rotated boxes (5, 5, N)
         self.turned = False  # whether its boxes are rotated
         self.feature: NDArray[np.float32] | None = None  # (N, D) unit rows, where the tracker wants them
+        self.silhouettes = silhouettes
+        # (N,) which one it will have: first come those the tracks have, then those of the frame's detections
+        self.silhouette = np.empty(0, np.int64) if silhouettes is not None else None
+        self._silhouettes_kept = 0
+        # (N, 4) corners of the box its mask was found in, 0…1 across the filtered box of that moment: masks
+        # are where they are, not where a smoothed box would have them.
+        self.place = np.empty((0, 4)) if silhouettes is not None else None
 
     def __len__(self) -> int:
         return len(self.id)
@@ -203,6 +233,13 @@ class TrackTable:
         mean = self.state[kalman.MEAN][:, rows]
         return turned_boxes(mean) if self.turned else corners(mean)
 
+    def mask_boxes(self, filtered: Array) -> NDArray[np.float64]:
+        """(N, 4) boxes of the tracks' masks, moved and stretched as the filtered boxes (N, 4) since then."""
+        assert self.place is not None
+        low, size = filtered[:, :2], filtered[:, 2:] - filtered[:, :2]
+        moved: NDArray[np.float64] = np.tile(low, 2) + self.place * np.tile(size, 2)
+        return moved
+
     def correct(
         self, frame: float, rows: Indices, detections: Detections, chosen: Indices, found: Array, xyah: Array
     ) -> None:
@@ -217,7 +254,11 @@ class TrackTable:
         self.status[rows] = TRACKED
         self.seen[rows] = frame
         self.score[rows] = detections.score[chosen]
+        self.row[rows] = chosen
         self.detected[rows] = found.take(chosen, axis=0)
+        if self.silhouette is not None and self.place is not None:
+            self.silhouette[rows] = self._silhouettes_kept + chosen
+            self.place[rows] = _within(self.boxes(rows), self.detected[rows])
         if self.feature is not None and detections.embedding is not None:
             blend = FEATURE_MOMENTUM * self.feature.take(rows, axis=0)
             blend += (1 - FEATURE_MOMENTUM) * detections.embedding.take(chosen, axis=0)
@@ -250,7 +291,11 @@ class TrackTable:
         self.born = np.append(self.born, np.full(count, float(frame)))
         self.seen = np.append(self.seen, np.full(count, float(frame)))
         self.expired = np.append(self.expired, np.zeros(count, bool))
+        self.row = np.append(self.row, chosen)
         self.detected = np.concatenate((self.detected, found[chosen]))
+        if self.silhouette is not None and self.place is not None:
+            self.silhouette = np.append(self.silhouette, self._silhouettes_kept + chosen)
+            self.place = np.concatenate((self.place, np.tile((0.0, 0.0, 1.0, 1.0), (count, 1))))
         self.state = np.concatenate((self.state, kalman.initiate(xyah[:, chosen])), axis=2)
         if self.feature is not None and detections.embedding is not None:
             self.feature = np.concatenate((self.feature, detections.embedding[chosen]), dtype=np.float32)
@@ -289,9 +334,13 @@ class TrackTable:
                 setattr(self, column, None if values is None else values[alive])
             self.state = self.state[:, :, alive]
 
-    def report(self) -> Tracks:
-        """Forget what has ended; the tracked ones are the frame's result."""
+    def report(self, rows: Indices | None = None) -> Tracks:
+        """Forget what has ended; the tracked ones are the frame's result. rows: see `Step.finish`."""
         self._forget_ended()
+        if self.silhouettes is not None and self.silhouette is not None:
+            self.silhouettes.settle(self.silhouette)
+            self._silhouettes_kept = len(self)
+            self.silhouette = np.arange(len(self))
         shown = (self.status == TRACKED).nonzero()[0]
         angle = None
         xyxy = self.boxes(shown) if self.official else self.detected.take(shown, axis=0)
@@ -310,4 +359,5 @@ class TrackTable:
             label=self.label[shown],
             names=self.names,
             angle=angle,
+            row=self.row[shown] if rows is None else rows[self.row[shown]],
         )

@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from tracker.models.blocks import FocusConv
-from tracker.models.detr import Attention, Constant
+from tracker.models.blocks import Constant, FocusConv
+from tracker.models.detr import Attention
 from tracker.models.ppyoloe import RepVGG
+from tracker.models.solov2 import BilinearResize, CoordConv
 
 if TYPE_CHECKING:
     from tracker.deploy.graph import Writer
@@ -35,7 +36,9 @@ def _silu(writer: Writer, node: fx.Node, layer: nn.SiLU, inputs: list[str]) -> s
 
 
 def _upsample(writer: Writer, node: fx.Node, layer: nn.Upsample, inputs: list[str]) -> str:
-    assert layer.mode == "nearest" and layer.scale_factor == 2
+    assert layer.mode in ("nearest", "bilinear") and layer.scale_factor == 2
+    if layer.mode == "bilinear":
+        return _bilinear(writer, node, inputs, (2.0, 2.0))
     scales = writer.constant("scales.2", np.array([1, 1, 2, 2], np.float32))
     return writer.add(
         "Resize",
@@ -45,6 +48,55 @@ def _upsample(writer: Writer, node: fx.Node, layer: nn.Upsample, inputs: list[st
         coordinate_transformation_mode="asymmetric",
         nearest_mode="floor",
     )
+
+
+def _bilinear_resize(writer: Writer, node: fx.Node, layer: BilinearResize, inputs: list[str]) -> str:
+    """By scales, for sizes would fix the batch; each so that its product with the old size, cut off, is the
+    new one, whether computed in double or in single precision.
+    """
+    scales = []
+    for old, new in zip(node.all_input_nodes[0].meta["tensor_meta"].shape[2:], layer.size[::-1], strict=True):
+        scale = np.float32(new / old)
+        while min(int(scale * np.float32(old)), int(float(scale) * old)) < new:
+            scale = np.nextafter(scale, np.float32(np.inf))
+        scales.append(float(scale))
+    return _bilinear(writer, node, inputs, (scales[0], scales[1]))
+
+
+def _bilinear(writer: Writer, node: fx.Node, inputs: list[str], scales: tuple[float, float]) -> str:
+    """scales: of the height and the width."""
+    name = "scales." + "x".join(map(str, scales))
+    tensor = writer.constant(name, np.array([1, 1, *scales], np.float32))
+    return writer.add(
+        "Resize", [*inputs, "", tensor], node.name, mode="linear", coordinate_transformation_mode="half_pixel"
+    )
+
+
+def _group_norm(writer: Writer, node: fx.Node, layer: nn.GroupNorm, inputs: list[str]) -> str:
+    """Each group as one channel of an instance normalisation: opset 19 has none of groups that counts."""
+    name, shape = node.name, node.meta["tensor_meta"].shape
+    groups, channels = layer.num_groups, layer.num_channels
+    one = writer.constant(f"ones.{groups}", np.ones(groups, np.float32))
+    zero = writer.constant(f"zeros.{groups}", np.zeros(groups, np.float32))
+    rows = writer.reshape(inputs[0], f"{name}.groups", groups, -1)
+    rows = writer.add("InstanceNormalization", [rows, one, zero], f"{name}.normal", epsilon=layer.eps)
+    normal = writer.reshape(rows, f"{name}.channels", *shape[1:])
+    factor = writer.constant(f"{node.target}.weight", _array(layer.weight).reshape(channels, 1, 1))
+    scaled = writer.add("Mul", [normal, factor], f"{name}.scaled")
+    shift = writer.constant(f"{node.target}.bias", _array(layer.bias).reshape(channels, 1, 1))
+    return writer.add("Add", [scaled, shift], name)
+
+
+def _coord_conv(writer: Writer, node: fx.Node, layer: CoordConv, inputs: list[str]) -> str:
+    """A convolution of the features, and a constant: what the coordinates add."""
+    name = writer.name_of(node)
+    weight = writer.constant(f"{node.target}.weight", _array(layer.weight[:, :-2]))
+    attributes = {"kernel_shape": layer.kernel_size, "pads": (*layer.padding, *layer.padding)}
+    assert layer.bias is None and layer.stride == (1, 1)
+    features = writer.add("Conv", [inputs[0], weight], f"{name}.features", **attributes)
+    with torch.no_grad():
+        share = layer.share(writer.constant_of(node.args[1]))
+    return writer.add("Add", [features, writer.constant(f"{name}.coordinates", _array(share))], name)
 
 
 def _linear(writer: Writer, node: fx.Node, layer: nn.Linear, inputs: list[str]) -> str:
@@ -132,6 +184,7 @@ LAYERS: dict[type[nn.Module], Layer] = {
     nn.AdaptiveAvgPool2d: lambda writer, node, layer, inputs: writer.add(
         "GlobalAveragePool", inputs, node.name
     ),
+    nn.GroupNorm: _group_norm,
     nn.Hardsigmoid: lambda writer, node, layer, inputs: writer.add(
         "HardSigmoid", inputs, node.name, alpha=1 / 6, beta=0.5
     ),
@@ -140,12 +193,15 @@ LAYERS: dict[type[nn.Module], Layer] = {
     nn.SiLU: _silu,
     nn.Upsample: _upsample,
     Attention: _attention,
+    BilinearResize: _bilinear_resize,
     Constant: _constant,
+    CoordConv: _coord_conv,
     FocusConv: _focus,
     RepVGG: _rep_vgg,
 }
 FUNCTIONS: dict[Any, Function] = {
     operator.mul: lambda writer, node, inputs: writer.add("Mul", inputs, node.name),
     torch.flatten: _reshaped,
+    torch.unflatten: _reshaped,
     torch.permute: lambda writer, node, inputs: writer.add("Transpose", inputs, node.name, perm=node.args[1]),
 }

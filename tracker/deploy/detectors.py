@@ -13,7 +13,8 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from tracker.deploy.export import TOLERANCE, Export, inputs_of, within, write_checked
+from tracker.deploy.export import TOLERANCE, Export, within, write_checked
+from tracker.deploy.feeds import Feeds, run_parts
 from tracker.deploy.graph import Lowering, to_onnx
 from tracker.errors import ConfigError
 from tracker.frontends import FRONTENDS
@@ -61,7 +62,11 @@ def export_detector(model: nn.Module, out: Path, config: DetectorExport, frames:
     begun = perf_counter()
     width, height = config.size
     example = torch.zeros(config.batch or 2, 3, height, width)
-    graph = to_onnx(model, example, Lowering(), input_name="images", open_batch=config.batch is None)
+    shapes = network_of(config.name)[0].parts(model.config)
+    parts = {name: torch.zeros(2, *shape) for name, shape in shapes.items()}
+    graph = to_onnx(
+        model, example, Lowering(), input_name="images", open_batch=config.batch is None, parts=parts
+    )
 
     def describe(runtime: OnnxRuntime, sha256: str) -> Manifest:
         options = {} if config.names is None else {"names": config.names}
@@ -70,8 +75,9 @@ def export_detector(model: nn.Module, out: Path, config: DetectorExport, frames:
         return manifest
 
     def check(manifest: Manifest, runtime: OnnxRuntime) -> dict[str, float]:
-        images = inputs_of(manifest, len(example), frames)
-        return compare(model(images), runtime.run({manifest.input.name: images}))
+        with Feeds(runtime, manifest, len(example)) as feeds:
+            fed = feeds(frames)
+        return compare(model(*fed.values()), run_parts(runtime, fed))
 
     return write_checked(graph, out, describe, check, begun=begun)
 

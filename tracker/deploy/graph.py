@@ -9,7 +9,7 @@ Knows layers; knows no network and no file.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -25,6 +25,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from tracker.deploy import detector_layers
 from tracker.models.deform import TAPS, DeformConv, sampling_grid
+from tracker.runtimes.onnx_parts import PARTS
 
 OPSET = 19  # the first with DeformConv
 IR_VERSION = 9  # the one that came with it
@@ -48,16 +49,29 @@ class Lowering:
 
 
 def to_onnx(
-    module: nn.Module, example: Tensor, lowering: Lowering, *, input_name: str, open_batch: bool
+    module: nn.Module,
+    example: Tensor,
+    lowering: Lowering,
+    *,
+    input_name: str,
+    open_batch: bool,
+    parts: Mapping[str, Tensor] | None = None,
 ) -> onnx.ModelProto:
     """The module in its evaluation mode as a checked ONNX model.
 
     module: takes one tensor and returns a dict of tensors, whose keys name the outputs.
     example: (B, C, H, W) input; the graph takes its shape, except the batch where that shall be open.
+    parts: examples of further inputs, by the names of the module's further arguments. Each has a part of the
+    network to itself, which shares nothing with the others, and a batch of its own, always open.
     """
+    parts = parts or {}
     traced = fx.GraphModule(module, _Tracer().trace(module))
-    ShapeProp(traced, FakeTensorMode()).propagate(example)
-    return Writer(traced, lowering, input_name, "batch" if open_batch else len(example)).write()
+    ShapeProp(traced, FakeTensorMode()).propagate(example, *parts.values())
+    batches = {input_name: "batch" if open_batch else len(example)} | {name: f"n_{name}" for name in parts}
+    model = Writer(traced, lowering, batches).write()
+    if parts:
+        onnx.helper.set_model_props(model, {PARTS: ", ".join(batches)})
+    return model
 
 
 class _Tracer(fx.Tracer):
@@ -68,11 +82,12 @@ class _Tracer(fx.Tracer):
 class Writer:
     """Walks a traced graph and collects nodes and weights."""
 
-    def __init__(self, traced: fx.GraphModule, lowering: Lowering, input_name: str, batch: int | str) -> None:
+    def __init__(self, traced: fx.GraphModule, lowering: Lowering, batches: Mapping[str, int | str]) -> None:
+        """batches: inputs by name, in the module's order, and how many they are."""
         self.lowering = lowering
         self._traced = traced
-        self._input_name = input_name
-        self._batch = batch
+        self._inputs = iter(batches.items())
+        self._batch: dict[fx.Node, int | str] = {}  # of traced values
         self._nodes: list[onnx.NodeProto] = []
         self._weights: dict[str, onnx.TensorProto] = {}
         self._tensors: dict[fx.Node, str] = {}  # what each traced value is called
@@ -82,15 +97,21 @@ class Writer:
         inputs, outputs = [], []
         for node in self._traced.graph.nodes:
             if node.op == "placeholder":
-                self._tensors[node] = self._input_name
-                inputs.append(self._describe(self._input_name, node))
+                self._tensors[node], self._batch[node] = next(self._inputs)
+                inputs.append(self._describe(self._tensors[node], node))
             elif node.op == "output":
                 for name, value in cast(dict[str, fx.Node], node.args[0]).items():
                     self._rename(self._tensors[value], name)
                     outputs.append(self._describe(name, value))
-            elif node not in self._tensors:  # else folded into the layer before
-                self._tensors[node] = self._translate(node)
-        graph = helper.make_graph(self._nodes, "network", inputs, outputs, list(self._weights.values()))
+            else:
+                sizes = [self._batch[each] for each in node.all_input_nodes if each in self._batch]
+                if sizes:
+                    self._batch[node] = sizes[0]
+                if node not in self._tensors:  # else folded into the layer before
+                    self._tensors[node] = self._translate(node)
+        used = {name for node in self._nodes for name in node.input}
+        weights = [weight for name, weight in self._weights.items() if name in used]
+        graph = helper.make_graph(self._nodes, "network", inputs, outputs, weights)
         opsets = [helper.make_opsetid("", OPSET)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="tracker")
         onnx.checker.check_model(model, full_check=True)
@@ -107,6 +128,11 @@ class Writer:
         """What a traced value is called."""
         return self._tensors[value]
 
+    def constant_of(self, node: Any) -> Tensor:
+        """What a `Constant` layer answers."""
+        value: Tensor = self._traced.get_submodule(str(node.target))()
+        return value
+
     def convolution(
         self,
         name: str,
@@ -115,9 +141,13 @@ class Writer:
         bias: Tensor | None,
         norm: nn.BatchNorm2d | None,
         like: nn.Conv2d,
+        weights: str | None = None,
     ) -> str:
-        """Append a convolution, with `norm` folded into it and the strides, padding and groups of `like`."""
-        return _add_conv(self, name, source, *_folded(weight, bias, norm), like)
+        """Append a convolution, with `norm` folded into it and the strides, padding and groups of `like`.
+
+        weights: what its weights are called, for those that others share; None calls them after it.
+        """
+        return _add_conv(self, name, source, *_folded(weight, bias, norm), like, weights)
 
     def add(self, kind: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
         """Append a node of one output, both called `name`."""
@@ -173,7 +203,7 @@ class Writer:
             node.input[:] = [new if name == old else name for name in node.input]
 
     def _describe(self, name: str, node: fx.Node) -> onnx.ValueInfoProto:
-        shape = (self._batch, *node.meta["tensor_meta"].shape[1:])
+        shape = (self._batch[node], *node.meta["tensor_meta"].shape[1:])
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
 
@@ -194,8 +224,17 @@ def _folded(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d | None) ->
     return _array(weight.float()), _array((bias.double() * scale + shift).float())
 
 
-def _add_conv(writer: Writer, name: str, source: str, weight: Array, bias: Array, like: nn.Conv2d) -> str:
-    tensors = [source, writer.constant(f"{name}.weight", weight), writer.constant(f"{name}.bias", bias)]
+def _add_conv(
+    writer: Writer,
+    name: str,
+    source: str,
+    weight: Array,
+    bias: Array,
+    like: nn.Conv2d,
+    weights: str | None = None,
+) -> str:
+    called = weights or name
+    tensors = [source, writer.constant(f"{called}.weight", weight), writer.constant(f"{called}.bias", bias)]
     return writer.add(
         "Conv", tensors, name, **_window(like, weight), dilations=like.dilation, group=like.groups
     )
@@ -208,17 +247,21 @@ def _window(layer: nn.Conv2d | nn.ConvTranspose2d, weight: Array) -> dict[str, A
 
 def _conv(writer: Writer, node: fx.Node, layer: nn.Conv2d, inputs: list[str]) -> str:
     norm = writer.following_normalisation(node)
-    return writer.convolution(writer.name_of(node), inputs[0], layer.weight, layer.bias, norm, layer)
+    # Where nothing is folded in, a layer that is used again has one set of weights.
+    shared = None if norm else str(node.target)
+    return writer.convolution(writer.name_of(node), inputs[0], layer.weight, layer.bias, norm, layer, shared)
 
 
 def _conv_transpose(writer: Writer, node: fx.Node, layer: nn.ConvTranspose2d, inputs: list[str]) -> str:
     name, weight, groups = str(node.target), _array(layer.weight), layer.groups
-    assert layer.bias is None and weight.shape[:2] == (groups, 1), "each channel by itself, no bias"
-    if writer.lowering.dense_upsampling:
+    assert groups == 1 or weight.shape[:2] == (groups, 1), "all channels together, or each by itself"
+    if groups > 1 and writer.lowering.dense_upsampling:
         dense = np.zeros((groups, groups, *weight.shape[2:]), weight.dtype)
         dense[np.arange(groups), np.arange(groups)] = weight[:, 0]
         weight, groups = dense, 1
     tensors = [*inputs, writer.constant(f"{name}.weight", weight)]
+    if layer.bias is not None:
+        tensors.append(writer.constant(f"{name}.bias", _array(layer.bias)))
     return writer.add("ConvTranspose", tensors, name, **_window(layer, weight), group=groups)
 
 

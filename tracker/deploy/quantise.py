@@ -3,8 +3,9 @@
     layers        what has constant weights is fed integers and has INT8 weights, one scale per output channel
     residuals     the sum behind a convolution is fused into it if its other input is integers too
     concatenation, pooling    only move numbers, so what they take and give has one scale
-    never         the last layers before an output; what computes coordinates (`islands`); biases; ConvTranspose
-                  of single channels, dense or not: TensorRT runs them dense in half precision (`precision`)
+    never         the last layers before an output; what computes coordinates (`islands`); biases;
+                  ConvTranspose of single channels, dense or not: TensorRT runs them dense in half precision
+                  (`precision`)
 
 INT8 is symmetric and zero points are 0, as TensorRT demands (Developer Guide, "Explicit Quantization").
 Scales are numbers that FP16 holds, so that casting the rest of the graph changes none. Knows ONNX and what

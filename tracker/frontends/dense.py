@@ -154,6 +154,9 @@ class DenseDetector(Detector):
         box = self._layout.boxes(raw.box[image, place].float(), cell)
         check_finite(box)
         found = torch.cat((box, torch.stack((score, label, image), dim=1)), dim=1)
+        if not self.spec.rotated:
+            found = found[~_hollow(box)]
+            box, score, label, image = found[:, :4], found[:, 4], found[:, 5].long(), found[:, 6].long()
         if not self._layout.suppress:
             return found[score.argsort(descending=True, stable=True)]
         group = image * len(self.names) + label
@@ -181,14 +184,17 @@ class DenseDetector(Detector):
             score, label = score.max(dim=2)
             score = torch.where(self._wanted[label] | score.isnan(), score, 0.0)
         broken = (box * 0).sum(dim=2)  # NaN for NaN and inf, else 0
-        score = torch.where(score < config.conf, 0.0, score + broken)
+        nothing = score < config.conf
+        if not self.spec.rotated:
+            nothing |= _hollow(box) & (broken == 0)
+        score = torch.where(nothing, 0.0, score + broken)
         rows = torch.cat((box, torch.stack((score, label), dim=2)), dim=2)
         if not self._layout.suppress:
             return rows
         suppress = kernels.rotated_nms if self.spec.rotated else kernels.nms
         return suppress(rows, iou_threshold=self._iou, limit=min(config.max_candidates, rows.shape[1]))
 
-    def _unpack(self, packed: Packed, fits: Sequence[Fit]) -> list[Detections]:
+    def _unpack(self, packed: Packed, fits: Sequence[Fit], kept: Tensor | None) -> list[Detections]:
         if packed.ndim == 2:  # rows of all images, as many as there are
             return [self._detections(packed[packed[:, -1] == index], fit) for index, fit in enumerate(fits)]
         score = packed.shape[2] - 2
@@ -199,12 +205,11 @@ class DenseDetector(Detector):
         ]
 
     def _detections(self, rows: Packed, fit: Fit) -> Detections:
-        """Rows (N, 6 or more) of one image. Boxes may reach beyond it, as objects do; none is inside out."""
+        """Rows (N, 6 or more) of one image. Boxes may reach beyond it, as objects do."""
         if self.spec.rotated:
             return _rotated_detections(rows, fit)
-        low, high = np.minimum(rows[:, :2], rows[:, 2:4]), np.maximum(rows[:, :2], rows[:, 2:4])
         return Detections(
-            xyxy=fit.to_source(np.concatenate((low, high), axis=1)).astype(np.float32),
+            xyxy=fit.to_source(rows[:, :4]).astype(np.float32),
             score=rows[:, 4].copy(),
             label=rows[:, 5].astype(np.int64),
         )
@@ -225,6 +230,13 @@ class DenseDetector(Detector):
         """Whether each label that an engine chose is a class to keep; −1 and the like mark empty rows."""
         there = (label >= 0) & (label < len(self.names))
         return there & self._wanted[label.clamp(0, len(self.names) - 1)]
+
+
+def _hollow(xyxy: Tensor) -> Tensor:
+    """(…) whether corners (…, 4) enclose nothing. Such boxes are no objects, as in mmdet (`min_bbox_size`);
+    with an area below 0 one would suppress others that it does not touch.
+    """
+    return (xyxy[..., 2:] <= xyxy[..., :2]).any(dim=-1)
 
 
 def _rotated_detections(rows: Packed, fit: Fit) -> Detections:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from queue import SimpleQueue
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tracker.boxes import Fit
 from tracker.errors import ConfigError, EngineError
-from tracker.frontends.lanes import DeviceLane, HostLane, Lane, Outputs, Packed
+from tracker.frontends.lanes import Answer, DeviceLane, HostLane, Lane, Outputs, Packed
 from tracker.frontends.preprocess import batch_of
 from tracker.frontends.worker import start_workers
 from tracker.manifest import Manifest
@@ -70,12 +70,14 @@ class Detector(ABC):
     describe: the manifest of an ONNX file of its family, from its runtime, onnx_sha256, names, size and
         precision by name, and what else the family knows of.
     layouts: what it calls the different outputs that its exporters write, where there are several.
+    parts: of engines in several parts, further inputs by name, and how many rows of them an image may have.
     """
 
-    embeds = False
+    embeds = masks = False
     config_type: ClassVar[type[DetectorConfig]]
     describe: ClassVar[Callable[..., Manifest]]
     layouts: ClassVar[tuple[str, ...]] = ()
+    parts: ClassVar[Mapping[str, int]] = {}
 
     def __init__(self, runtime: Runtime, manifest: Manifest, config: DetectorConfig) -> None:
         """Raises EngineError where the engine does not take or give what the manifest says, ConfigError
@@ -104,15 +106,24 @@ class Detector(ABC):
         """EngineError unless what an empty image gave is what the manifest promises."""
 
     @abstractmethod
-    def _pack(self, outputs: Outputs) -> Tensor:
-        """All that the host needs of a batch in one float32 tensor, from outputs by role.
+    def _pack(self, outputs: Outputs) -> Tensor | Answer:
+        """All that the host needs of a batch in one float32 tensor, from outputs by role; an `Answer` also
+        says what stays on the device.
 
         On a GPU in shapes that depend on the batch alone, and without waiting: it becomes part of a graph.
         """
 
+    def _finish(self, answer: Tensor | Answer, fits: Sequence[Fit]) -> Tensor | Answer:
+        """What `_pack` gave, and what is made of it in the shapes of the frames: outside of the graph, and
+        without waiting.
+        """
+        return answer
+
     @abstractmethod
-    def _unpack(self, packed: Packed, fits: Sequence[Fit]) -> list[Detections]:
-        """Objects of each image. Copies what it keeps: `packed` is overwritten by the next batch."""
+    def _unpack(self, packed: Packed, fits: Sequence[Fit], kept: Tensor | None) -> list[Detections]:
+        """Objects of each image. Copies what it keeps: `packed` is overwritten by the next batch. `kept` is
+        what `_pack` left on the device; it is nobody else's.
+        """
 
     @property
     def device(self) -> torch.device:
@@ -182,8 +193,9 @@ class Detector(ABC):
         runtime, manifest = self._runtime, self._manifest
         if self._on_device():
             assert isinstance(runtime, LaneRuntime)
-            return DeviceLane(runtime.lane(), self.device, manifest, self.max_batch, self._pack)
-        return HostLane(runtime, manifest, self.max_batch, self._pack)
+            lane = runtime.lane()
+            return DeviceLane(lane, self.device, manifest, self.max_batch, self._pack, self._finish)
+        return HostLane(runtime, manifest, self.max_batch, self._pack, self._finish)
 
     def _on_device(self) -> bool:
         return self.device.type == "cuda" and isinstance(self._runtime, LaneRuntime)
@@ -194,7 +206,7 @@ class Detector(ABC):
         try:
             packed, fits = lane(frames)
             begun = perf_counter()
-            detections = self._unpack(packed, fits)
+            detections = self._unpack(packed, fits, lane.kept)
         finally:
             self._idle.put(lane)
         with self._clock:

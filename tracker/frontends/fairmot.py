@@ -125,7 +125,7 @@ class Fairmot(Detector):
         peaks = peak_scores(scores) if self._scores == "hm" else scores
         return decode(peaks, wh, reg, embedding, limit=limit)
 
-    def _unpack(self, packed: Packed, fits: Sequence[Fit]) -> list[Detections]:
+    def _unpack(self, packed: Packed, fits: Sequence[Fit], kept: Tensor | None) -> list[Detections]:
         if not np.isfinite(packed[..., 4].sum()):  # NaN counts as the highest peak
             raise not_finite()
         return [self._detections(image, fit) for image, fit in zip(packed, fits, strict=True)]

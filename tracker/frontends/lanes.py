@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,15 +26,31 @@ from tracker.manifest import Manifest
 from tracker.types import EngineLane, Frame, Image, Runtime, Transfers
 
 Outputs = Mapping[str, Tensor]
-Pack = Callable[[Outputs], Tensor]
+Pack = Callable[[Outputs], "Tensor | Answer"]
+Finish = Callable[["Tensor | Answer", Sequence[Fit]], "Tensor | Answer"]
 Packed = NDArray[np.float32]
 
 
+class Answer(NamedTuple):
+    """packed: what the host needs, in one float32 tensor. kept: what stays where it is, such as masks."""
+
+    packed: Tensor
+    kept: Tensor
+
+
 class Lane(Protocol):
-    """For one thread at a time. seconds, transfers: spent and moved so far."""
+    """For one thread at a time. seconds, transfers: spent and moved so far.
+
+    placed: (batch, 4) int64, where the engine is: offset (x, y) and size (width, height) of each image within
+    its input. kept: of the last call, in memory of its own; None where `pack` keeps nothing.
+    """
 
     seconds: dict[str, float]
     transfers: Transfers
+    kept: Tensor | None
+
+    @property
+    def placed(self) -> Tensor: ...
 
     def empty(self) -> Outputs:
         """What the engine gives for one empty image, by role."""
@@ -55,14 +71,19 @@ class Lane(Protocol):
 class HostLane:
     """Frames and packed answers in host memory; the engine wherever its runtime has it.
 
-    pack: outputs by role → one tensor.
+    pack: outputs by role → one tensor, or also one to keep. finish: what that becomes once it is known how
+    the frames were placed.
     """
 
-    def __init__(self, runtime: Runtime, manifest: Manifest, batch: int, pack: Pack) -> None:
-        self._runtime, self._pack = runtime, pack
+    def __init__(
+        self, runtime: Runtime, manifest: Manifest, batch: int, pack: Pack, finish: Finish | None = None
+    ) -> None:
+        self._runtime, self._pack, self._finish = runtime, pack, finish or _as_packed
         self._input, self._roles = manifest.input.name, manifest.outputs
         self._static = runtime.inputs[self._input][0] is not None
         self._preprocess = Preprocessor(manifest.input, batch)
+        self.placed = torch.tensor([0, 0, *manifest.input.size]).repeat(batch, 1)
+        self.kept: Tensor | None = None
         self.seconds = {"preprocess": 0.0, "inference": 0.0, "postprocess": 0.0}
         self.transfers = Transfers()
 
@@ -73,10 +94,13 @@ class HostLane:
     def __call__(self, frames: Sequence[Frame]) -> tuple[Packed, list[Fit]]:
         begun = perf_counter()
         tensor, fits = self._preprocess(frames)
+        for row, fit in zip(self.placed, fits, strict=False):
+            row[:] = torch.tensor((*fit.offset, *fit.resized))
         prepared = perf_counter()
         outputs = self._run(tensor, len(frames))
         ran = perf_counter()
-        packed = self._pack(outputs).cpu().numpy()
+        there, self.kept = _parted(self._finish(self._pack(outputs), fits))
+        packed = there.cpu().numpy()
         self.seconds["preprocess"] += prepared - begun
         self.seconds["inference"] += ran - prepared
         self.seconds["postprocess"] += perf_counter() - ran
@@ -84,12 +108,12 @@ class HostLane:
         return packed, fits
 
     def stages(self, frames: Sequence[Frame]) -> dict[str, Callable[[], object]]:
-        tensor, _ = self._preprocess(frames)
+        tensor, fits = self._preprocess(frames)
         outputs = self._run(tensor, len(frames))
         return {
             "preprocess": lambda: self._preprocess(frames),
             "inference": lambda: self._run(tensor, len(frames)),
-            "postprocess": lambda: self._pack(outputs),
+            "postprocess": lambda: self._finish(self._pack(outputs), fits),
             "all": lambda: self(frames),
         }
 
@@ -102,15 +126,23 @@ class HostLane:
 class DeviceLane:
     """Frames, engine and decoding on one GPU, on a stream of its own.
 
-    Frames on the host are copied to the device first. pack: outputs by role → one tensor, in shapes that
-    depend on the batch alone and without waiting, so that it can be captured.
+    Frames on the host are copied to the device first. pack: outputs by role → one tensor, or also one to
+    keep, in shapes that depend on the batch alone and without waiting, so that it can be captured. finish: of
+    what that gave, what depends on the frames' sizes; without waiting either, and not captured.
     """
 
     def __init__(
-        self, engine: EngineLane, device: torch.device, manifest: Manifest, batch: int, pack: Pack
+        self,
+        engine: EngineLane,
+        device: torch.device,
+        manifest: Manifest,
+        batch: int,
+        pack: Pack,
+        finish: Finish | None = None,
     ) -> None:
         spec = manifest.input
         self._spec, self._device, self._pack, self._roles = spec, device, pack, manifest.outputs
+        self._finish = finish or _as_packed
         self._engine, self._input = engine, engine.inputs[spec.name]
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._table = FrameTable(batch, device, interpolation=spec.interpolation, rgb=spec.colour == "rgb")
@@ -120,8 +152,13 @@ class DeviceLane:
         # Waiting for `_done` gives the core away: the other lane's thread and the decoders need it.
         self._begun = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._done = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+        self.kept: Tensor | None = None
         self.seconds = {"prepare": 0.0, "gpu": 0.0}
         self.transfers = Transfers()
+
+    @property
+    def placed(self) -> Tensor:
+        return self._table.placed
 
     @property
     def problem(self) -> str | None:
@@ -150,8 +187,9 @@ class DeviceLane:
                 fits = [self._put(index, frame) for index, frame in enumerate(frames)]
                 self._table.upload()
                 self._begun.record()
-                packed = self._graphs(len(frames))
+                packed, kept = _parted(self._finish(self._graphs(len(frames)), fits))
                 answer = self._host_memory(packed).copy_(packed, non_blocking=True)
+                self.kept = None if kept is None else self._handed_over(kept)
                 self._done.record()
             self.seconds["prepare"] += perf_counter() - begun
             self._done.synchronize()
@@ -164,19 +202,18 @@ class DeviceLane:
     def stages(self, frames: Sequence[Frame]) -> dict[str, Callable[[], object]]:
         batch = len(frames)
         with torch.cuda.stream(self._stream):
-            for index, frame in enumerate(frames):
-                self._put(index, frame)
+            fits = [self._put(index, frame) for index, frame in enumerate(frames)]
             self._table.upload()
             outputs = self._by_role(self._engine.enqueue(batch))
         self._stream.synchronize()
         return {
             "preprocess": lambda: self._letterbox(batch),
             "inference": lambda: self._engine.enqueue(batch),
-            "postprocess": lambda: self._pack(outputs),
-            "all": lambda: self._work(batch),
+            "postprocess": lambda: self._finish(self._pack(outputs), fits),
+            "all": lambda: self._finish(self._work(batch), fits),
         }
 
-    def _work(self, batch: int) -> Tensor:
+    def _work(self, batch: int) -> Tensor | Answer:
         """All that a batch takes, from the table to the packed answer; what a graph captures."""
         self._letterbox(batch)
         return self._pack(self._by_role(self._engine.enqueue(batch)))
@@ -198,11 +235,25 @@ class DeviceLane:
         self._table.put(index, image, fit)
         return fit
 
+    def _handed_over(self, kept: Tensor) -> Tensor:
+        """A copy that the next batch leaves alone, for whoever works on the device's default stream."""
+        copy = kept.clone()
+        copy.record_stream(torch.cuda.default_stream(self._device))
+        return copy
+
     def _host_memory(self, packed: Tensor) -> Tensor:
         """Page-locked memory of that shape: the same again and again, for one answer at a time."""
         if self._answer is None or self._answer.numel() < packed.numel():
             self._answer = torch.empty(packed.numel(), dtype=packed.dtype, pin_memory=True)
         return self._answer[: packed.numel()].view(packed.shape)
+
+
+def _as_packed(answer: Tensor | Answer, fits: Sequence[Fit]) -> Tensor | Answer:
+    return answer
+
+
+def _parted(answer: Tensor | Answer) -> tuple[Tensor, Tensor | None]:
+    return (answer, None) if isinstance(answer, Tensor) else answer
 
 
 class _Staging:

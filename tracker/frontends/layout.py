@@ -89,7 +89,7 @@ class Spec:
     mean: Triple = (0.0, 0.0, 0.0)
     std: Triple = (255.0, 255.0, 255.0)
     resize: Resize = "center"
-    pad: float = 114.0
+    pad: float | Triple = 114.0
     interpolation: Interpolation = "linear"
     pyramids: tuple[tuple[int, ...], ...] = ((8, 16, 32),)
     anchors: int = 1

@@ -7,13 +7,18 @@ from collections.abc import Sequence
 import cv2
 import torch
 
-from tracker.boxes import Fit, fit_center, fit_corner, fit_stretch
+from tracker.boxes import Fit, fit_center, fit_corner, fit_corner_rounded, fit_stretch
 from tracker.errors import EngineError
 from tracker.manifest import Input
 from tracker.pixels import Workspace, network_input, to_host
 from tracker.types import Frame, Runtime
 
-_FITS = {"corner": fit_corner, "center": fit_center, "stretch": fit_stretch}
+_FITS = {
+    "corner": fit_corner,
+    "corner_rounded": fit_corner_rounded,
+    "center": fit_center,
+    "stretch": fit_stretch,
+}
 _INTERPOLATIONS = {"linear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA, "cubic": cv2.INTER_CUBIC}
 
 

@@ -41,7 +41,7 @@ RTMDET = Spec(
     colour="bgr",
     mean=(103.53, 116.28, 123.675),
     std=(57.375, 57.12, 58.395),
-    resize="corner",
+    resize="corner_rounded",
 )
 
 

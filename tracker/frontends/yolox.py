@@ -96,7 +96,8 @@ class Yolox(Detector):
         if len(runtime.inputs) != 1 or len(runtime.outputs) != 1:
             raise EngineError(
                 f"a YOLOX engine has one input and one output; this one takes {', '.join(runtime.inputs)} "
-                f"and gives {', '.join(runtime.outputs)}"
+                f"and gives {', '.join(runtime.outputs)}: for one that suppresses by itself name "
+                "yolox-end2end"
             )
         (name, size), (output,) = input_of(runtime, size), runtime.outputs
         return Manifest(
@@ -155,7 +156,7 @@ class Yolox(Detector):
         keep = nms(xyxy, score, image * len(self.names) + label, iou_threshold=self._config.nms_iou)
         return torch.cat((xyxy, about), dim=1)[keep]
 
-    def _unpack(self, packed: Packed, fits: Sequence[Fit]) -> list[Detections]:
+    def _unpack(self, packed: Packed, fits: Sequence[Fit], kept: Tensor | None) -> list[Detections]:
         if packed.ndim == 2:  # rows of all images, as many as there are
             return [_detections(packed[packed[:, 6] == index], fit) for index, fit in enumerate(fits)]
         if not np.isfinite(packed[..., 4].sum()):

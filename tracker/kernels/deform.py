@@ -17,7 +17,7 @@ from torch import Tensor
 from tracker.errors import EngineError
 from tracker.kernels import deform_reference
 from tracker.kernels.launch import EXACT, launch, on_device_of, power_of_two, programs
-from tracker.kernels.operators import launch_traced, register, traced
+from tracker.kernels.operators import channels_last, launch_traced, register, traced
 
 TAPS = 9
 ENOUGH = 200  # programs: more than a large GPU has multiprocessors
@@ -133,7 +133,7 @@ def deform_conv2d(
     (batch, channels, height, width), outputs = x.shape, weight.shape[2]
     plan = plan or plan_for(x, outputs)
     block_c = next(size for size in (plan.block_c, 32, 16) if channels % size == 0)
-    out = _empty(x, outputs) if out is None else out
+    out = channels_last(x, outputs, x.dtype) if out is None else out
     parts = (
         x.new_empty(plan.split, batch, height, width, outputs, dtype=torch.float32) if plan.split > 1 else out
     )
@@ -191,7 +191,7 @@ def _shape(
 ) -> Tensor:
     """What comes out, for those who trace without running, with Triton or without."""
     _check(x, offset, mask, weight, bias, shift_bias, None)
-    return _empty(x, weight.shape[2])
+    return channels_last(x, weight.shape[2], x.dtype)
 
 
 def _check(
@@ -238,13 +238,6 @@ def _together(offset: Tensor, mask: Tensor) -> bool:
     return offset.shape == mask.shape and offset.shape[1] >= 3 * TAPS
 
 
-def _empty(x: Tensor, outputs: int) -> Tensor:
-    batch, _, height, width = x.shape
-    return torch.empty(
-        batch, outputs, height, width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
-
-
 def _on_cpu(
     x: Tensor,
     offset: Tensor,
@@ -267,7 +260,7 @@ def _on_cpu(
     wide = deform_reference.deform_conv2d(
         x.float(), offset, factors, plain, None if bias is None else bias.float()
     )
-    return _empty(x, outputs).copy_(wide.relu() if relu else wide)
+    return channels_last(x, outputs, x.dtype).copy_(wide.relu() if relu else wide)
 
 
 def _key(x: Tensor, outputs: int) -> tuple[object, ...]:

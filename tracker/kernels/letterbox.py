@@ -21,7 +21,7 @@ from tracker.boxes import Fit
 from tracker.errors import SourceError
 from tracker.kernels.launch import EXACT, launch, on_device_of, programs
 from tracker.manifest import Interpolation
-from tracker.pixels import Triple, yuv_to_bgr
+from tracker.pixels import Triple, by_channel, yuv_to_bgr
 from tracker.types import Image, YuvMatrix
 
 Size = tuple[int, int]
@@ -127,6 +127,13 @@ class FrameTable:
             row[place : place + 3] = plane[:3]
         self._owners[index] = tuple(plane.owner for plane in planes)
 
+    @property
+    def placed(self) -> Tensor:
+        """(batch, 4) int64 on the device, as `upload` hands it over: offset (x, y) and size (width, height)
+        of each image within its input.
+        """
+        return self.words[:, 3 * _PLANE : 3 * _PLANE + 4]
+
     def upload(self) -> None:
         """Hand all rows to the device. Does not wait."""
         self.words.copy_(self._host, non_blocking=True)
@@ -138,7 +145,7 @@ def letterbox(
     *,
     mean: Triple = (0.0, 0.0, 0.0),
     std: Triple = (1.0, 1.0, 1.0),
-    pad: float = 0.0,
+    pad: float | Triple = 0.0,
 ) -> None:
     """Fill out (B, 3, H, W), float16 or float32 of any strides, from the first B rows of the uploaded table.
 
@@ -146,7 +153,7 @@ def letterbox(
     """
     batch, _, height, width = out.shape
     kernel = programs("letterbox", out, table.words)
-    border = [(pad - low) / scale for low, scale in zip(mean, std, strict=True)]
+    border = [(around - low) / scale for around, low, scale in zip(by_channel(pad), mean, std, strict=True)]
     grid = (-(-width // kernel.TILE_X.value), -(-height // kernel.TILE_Y.value), batch)
     with on_device_of(out):
         launch(

@@ -34,3 +34,13 @@ def traced(tensor: Tensor) -> bool:
 def launch_traced(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
     """`launch` for a compiler, which records it and starts the kernel by its own means."""
     wrap_triton(kernel)[grid](*arguments, **options)
+
+
+def channels_last(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """(B, channels, H, W) of unset numbers beside an image (B, C, H, W), channels together.
+
+    By its strides: asked for a memory format, torch's compiler fills what is to be overwritten.
+    """
+    batch, _, height, width = like.shape
+    strides = (channels * height * width, 1, channels * width, channels)
+    return torch.empty_strided((batch, channels, height, width), strides, dtype=dtype, device=like.device)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tracker.errors import EngineError
 from tracker.kernels.launch import EXACT, launch, on_device_of, power_of_two, programs
-from tracker.kernels.operators import launch_traced, register, traced
+from tracker.kernels.operators import channels_last, launch_traced, register, traced
 
 CHANNELS = 64  # the kernel takes multiples of it
 _MOST = 256  # outputs that one program holds
@@ -56,13 +56,7 @@ def _operate(hidden: Tensor, weight: Tensor, bias: Tensor, hidden_bias: Tensor, 
 
 
 def _shape(hidden: Tensor, weight: Tensor, bias: Tensor, hidden_bias: Tensor, first: int) -> Tensor:
-    batch, _, height, width = hidden.shape
-    return torch.empty(
-        (batch, len(weight), height, width),
-        dtype=weight.dtype,
-        device=hidden.device,
-        memory_format=torch.channels_last,
-    )
+    return channels_last(hidden, len(weight), weight.dtype)
 
 
 def _on_cpu(hidden: Tensor, weight: Tensor, bias: Tensor, hidden_bias: Tensor, first: int) -> Tensor:

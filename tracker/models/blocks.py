@@ -4,7 +4,7 @@ and `bn`. Knows no network.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -39,6 +39,19 @@ class ConvBN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         answer: Tensor = self.activate(self.bn(self.conv(x)))
         return answer
+
+
+class Constant(nn.Module):
+    """A tensor that belongs to the network's size, not to its weights."""
+
+    value: Tensor
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.register_buffer("value", make(), persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.value
 
 
 class ChannelAttention(nn.Module):

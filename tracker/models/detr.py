@@ -9,12 +9,14 @@ end's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+
+from tracker.models.blocks import Constant
+from tracker.models.resnet import ResNet
 
 STRIDE = 32  # of the map that the transformer sees
 
@@ -54,19 +56,6 @@ class DETR(nn.Module):
         source = torch.permute(torch.flatten(features, 2), (0, 2, 1))  # (B, L, channels)
         found = self.transformer(source, self.positions(), self.query_embed.weight)
         return {"logits": self.class_embed(found), "boxes": torch.sigmoid(self.bbox_embed(found))}
-
-
-class Constant(nn.Module):
-    """A tensor that belongs to the network's size, not to its weights."""
-
-    value: Tensor
-
-    def __init__(self, make: Callable[[], Tensor]) -> None:
-        super().__init__()
-        self.register_buffer("value", make(), persistent=False)
-
-    def forward(self) -> Tensor:
-        return self.value
 
 
 def sine_positions(width: int, height: int, channels: int) -> Tensor:
@@ -196,59 +185,11 @@ class _Perceptron(nn.Module):
         return answer
 
 
-class _Bottleneck(nn.Module):
-    """He et al., "Deep Residual Learning" (2016), the stride in the 3×3 convolution as torchvision has it."""
-
-    def __init__(self, inputs: int, hidden: int, stride: int) -> None:
-        super().__init__()
-        outputs = 4 * hidden
-        self.conv1, self.bn1 = nn.Conv2d(inputs, hidden, 1, bias=False), nn.BatchNorm2d(hidden)
-        self.conv2 = nn.Conv2d(hidden, hidden, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(hidden)
-        self.conv3, self.bn3 = nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.relu = nn.ReLU()
-        self.downsample: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        answer: Tensor = self.relu(self.bn3(self.conv3(y)) + self.downsample(x))
-        return answer
-
-
-class _ResNet50(nn.Module):
-    layer1: nn.Module
-    layer2: nn.Module
-    layer3: nn.Module
-    layer4: nn.Module
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64)
-        self.relu, self.maxpool = nn.ReLU(), nn.MaxPool2d(3, 2, 1)
-        inputs = 64
-        for index, blocks in enumerate((3, 4, 6, 3)):
-            hidden, layer = 64 << index, []
-            for block in range(blocks):
-                layer.append(_Bottleneck(inputs, hidden, 2 if index and not block else 1))
-                inputs = 4 * hidden
-            self.add_module(f"layer{index + 1}", nn.Sequential(*layer))
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        answer: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return answer
-
-
 class _Backbone(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.body = _ResNet50()
+        self.body = ResNet(50)
 
     def forward(self, images: Tensor) -> Tensor:
-        answer: Tensor = self.body(images)
+        answer: Tensor = self.body(images)[-1]
         return answer

@@ -9,15 +9,15 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tracker.errors import CheckpointError, ConfigError
-from tracker.models import detr, ppyoloe, rtmdet, yolox
+from tracker.models import detr, maskrcnn, ppyoloe, rtmdet, solov2, yolox
 from tracker.models.checkpoint import State, load_state, read_checkpoint
 
 Size = tuple[int, int]
@@ -32,7 +32,10 @@ class Network:
     configs: by variant. frontend: who reads its answers. size: (width, height) that it was trained for.
     classes: the parameter whose rows are classes, and how many more rows it has. unused: names of parameters
     in official checkpoints that nothing needs, as a pattern for their start. multiple: of both input sides.
-    brightest: value of a pixel.
+    brightest: value of a pixel. parts: of networks in several parts, by configuration: further inputs, and
+    (C, H, W) of one of their rows. others: what names of parameters begin with in other checkpoints of these
+    networks, and with in ours. statistics: the part that has running statistics, all of it where nothing is
+    said. settle: what random weights need beside, so that answers are like a trained network's.
     """
 
     title: str
@@ -44,6 +47,24 @@ class Network:
     unused: re.Pattern[str] = NOTHING
     multiple: int = 32
     brightest: float = 1.0
+    parts: Callable[[Any], Mapping[str, tuple[int, int, int]]] = lambda config: {}
+    others: Mapping[str, str] = field(default_factory=dict)
+    statistics: str = ""
+    settle: Callable[[Any, Tensor], None] = lambda model, images: None
+
+
+def _solov2(title: str, configs: Mapping[str, solov2.SOLOv2Config], size: Size) -> Network:
+    return Network(
+        title=title,
+        build=lambda config, size: solov2.SOLOv2(dataclasses.replace(config, size=size)),
+        configs=configs,
+        frontend="solov2",
+        size=size,
+        classes=("mask_head.conv_cls.weight", 0),
+        unused=re.compile(r"data_preprocessor\."),
+        others=solov2.OFFICIAL_NAMES,
+        statistics="backbone",
+    )
 
 
 NETWORKS = {
@@ -92,6 +113,20 @@ NETWORKS = {
         classes=("class_embed.weight", 1),
         multiple=1,
     ),
+    "maskrcnn": Network(
+        title="Mask R-CNN",
+        build=lambda config, size: maskrcnn.MaskRCNN(config),
+        configs={"r50": maskrcnn.MaskRCNNConfig()},
+        frontend="maskrcnn",
+        size=(1216, 800),
+        classes=("roi_head.bbox_head.fc_cls.weight", 1),
+        unused=re.compile(r"data_preprocessor\."),
+        parts=maskrcnn.parts,
+        statistics="backbone",
+        settle=maskrcnn.settle,
+    ),
+    "solov2": _solov2("SOLOv2", solov2.VARIANTS, (1344, 800)),
+    "solov2-light": _solov2("SOLOv2-light", solov2.LIGHT_VARIANTS, (768, 448)),
 }
 
 # As tools/export.py takes them: family and variant.
@@ -113,7 +148,7 @@ def load_detector(name: str, path: Path, size: Size | None = None) -> nn.Module:
     checkpoint's. Raises CheckpointError.
     """
     network, config = network_of(name)
-    state = _renamed(read_checkpoint(path)[0])
+    state = _renamed(read_checkpoint(path)[0], network.others)
     key, more = network.classes
     if key not in state:
         raise CheckpointError(f"{path} is no checkpoint of {name}: it has no {key}")
@@ -138,19 +173,26 @@ def random_detector(name: str, size: Size | None = None, *, seed: int = 0, **cha
             weight.data = noise * math.sqrt(3.0 if "query_embed" in key else 6.0 / weight[0].numel())
         else:
             weight.data = noise * 0.3 + (weight == 1)
-    side = 64 if network.multiple == 32 else 0
-    width, height = (side, side) if side else size or network.size
+    # Small images do for running statistics; a network that is bound to its size has a twin that sees them.
+    twin = network.build(dataclasses.replace(config, **changes), (64, 64))
+    twin.load_state_dict(model.state_dict())
     with torch.no_grad():  # in training mode: moves running statistics
         for _ in range(8):
-            model(torch.rand(2, 3, height, width, generator=generator) * network.brightest)
+            images = torch.rand(2, 3, 64, 64, generator=generator) * network.brightest
+            twin.get_submodule(network.statistics)(images)
+        network.settle(twin.eval(), images)
+    model.load_state_dict(twin.state_dict())
     return model.eval()
 
 
-def _renamed(state: State) -> State:
-    """Paddle's names for running statistics as torch's."""
+def _renamed(state: State, others: Mapping[str, str]) -> State:
+    """Paddle's names for running statistics as torch's, and names that begin with one of `others`."""
     ends = {"._mean": ".running_mean", "._variance": ".running_var"}
 
     def own(key: str) -> str:
+        for begin, ours in others.items():
+            if key.startswith(begin):
+                return ours + key.removeprefix(begin)
         return next((key.removesuffix(old) + new for old, new in ends.items() if key.endswith(old)), key)
 
     return {own(key): value for key, value in state.items()}

@@ -16,6 +16,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from tracker.errors import ConfigError, EngineError
+from tracker.runtimes.onnx_parts import PARTS, read_parts
 
 Shape = tuple[int | None, ...]
 
@@ -44,11 +45,21 @@ class OnnxRuntime:
         other, threads within a frame do.
     threads: of the CPU for one run; None shares the cores out among the lanes.
 
+    content: what to load in place of the file.
+
+    Of a file of several parts (`onnx_parts`) it is the first. parts: runtimes of the others, by their input.
+
     Raises EngineError when the file cannot be loaded, ConfigError for an impossible option.
     """
 
     def __init__(
-        self, path: Path, *, device: str = "auto", lanes: int | None = None, threads: int | None = None
+        self,
+        path: Path,
+        *,
+        device: str = "auto",
+        lanes: int | None = None,
+        threads: int | None = None,
+        content: bytes | None = None,
     ) -> None:
         for key, count in (("lanes", lanes), ("threads", threads)):
             if count is not None and count < 1:
@@ -57,7 +68,15 @@ class OnnxRuntime:
         cores = usable_cores()
         self.lanes = lanes or (min(cores, MAX_LANES) if self.device.type == "cpu" else 1)
         self.threads = threads or max(1, cores // self.lanes)
-        self._session = _load(path, self.device, self.threads)
+        self._session = _load(path, self.device, self.threads, content)
+        self.parts: Mapping[str, OnnxRuntime] = {}
+        if PARTS in self._session.get_modelmeta().custom_metadata_map:
+            (_, own), *others = read_parts(path, content).items()
+            self._session = _load(path, self.device, self.threads, own)
+            self.parts = {
+                name: OnnxRuntime(path, device=device, lanes=self.lanes, threads=self.threads, content=part)
+                for name, part in others
+            }
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         self.inputs: Mapping[str, Shape] = {node.name: _open_dimensions(node.shape) for node in inputs}
         self.outputs: Mapping[str, Shape] = {node.name: _open_dimensions(node.shape) for node in outputs}
@@ -132,8 +151,8 @@ def _resolve(device: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _load(path: Path, device: torch.device, threads: int) -> Any:
-    if not path.is_file():
+def _load(path: Path, device: torch.device, threads: int, content: bytes | None) -> Any:
+    if content is None and not path.is_file():
         raise EngineError(f"{path} is {'a directory' if path.is_dir() else 'missing'}: name an .onnx file")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _SILENT
@@ -145,7 +164,7 @@ def _load(path: Path, device: torch.device, threads: int) -> Any:
     if device.type == "cuda":
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index}))
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=providers)
+        session = onnxruntime.InferenceSession(content or path, options, providers=providers)
     except Exception as error:  # classes of ONNX Runtime's own, derived from nothing narrower
         raise EngineError(f"cannot load {path}: {_reason(error)}; {_remedy(str(error))}") from error
     if device.type == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":

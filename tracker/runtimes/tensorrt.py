@@ -52,7 +52,7 @@ class TensorRTRuntime(LaneRuntime):
     device: "cuda", "cuda:N" or "auto"; the CPU is no choice. manifest: what the file must be; None leaves
     its origin to the caller. lanes: batches at once, each in a thread of its caller's; None is two.
     bindings: the Python module to use, on any device it knows; None takes `tensorrt` or `tensorrt_rtx`,
-    whichever the file is for.
+    whichever the file is for. content: what to load in place of the file, which its giver has verified.
 
     The engine's batch is static, or open with one optimisation profile; nothing else of it is open.
     metadata: what Ultralytics' export put before the plan, unverified, else empty.
@@ -69,12 +69,14 @@ class TensorRTRuntime(LaneRuntime):
         manifest: Manifest | None = None,
         lanes: int | None = None,
         bindings: Any = None,
+        content: bytes | None = None,
     ) -> None:
         super().__init__(LANES if lanes is None else lanes)
         self.device = resolve(device, cpu=False) if bindings is None else torch.device(device)
-        content = read_engine(path)
-        if manifest is not None:
-            manifest.verify(path, content)
+        if content is None:
+            content = read_engine(path)
+            if manifest is not None:
+                manifest.verify(path, content)
         self.metadata, plan = split_metadata(content)
         said = None if manifest is None else manifest.builder
         trt = bindings or trt_module(said or library_of(plan))

@@ -33,7 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import tracker.kernels.deform  # noqa: F401 (registers the operator that programs hold by name)
+import tracker.kernels.deform  # the operators that programs hold by name
+import tracker.kernels.tails  # noqa: F401
 from tracker.errors import EngineError
 from tracker.graphs import first_line
 from tracker.manifest import Manifest

@@ -1,4 +1,4 @@
-"""Tracks drawn onto a picture: boxes, labels, fading trails, one stable colour per id.
+"""Tracks drawn onto a picture: boxes, masks, labels, fading trails, one stable colour per id.
 
 Knows pixels and tracks; not where a picture comes from, nor what becomes of it.
 """
@@ -6,6 +6,7 @@ Knows pixels and tracks; not where a picture comes from, nor what becomes of it.
 from __future__ import annotations
 
 from collections import deque
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -14,12 +15,16 @@ from numpy.typing import NDArray
 from tracker.boxes import enclosing, polygons, turned
 from tracker.types import Track, Tracks
 
+if TYPE_CHECKING:
+    from tracker.masks import Crop
+
 Pixels = NDArray[np.uint8]
 Points = NDArray[np.float64]
 
 TRAIL_SECONDS = 2.0
 MAX_TRAIL_FRAMES = 120
 FADE_STEPS = 8  # shades of one trail
+TINT = 0.45  # how much of a mask's pixels is its colour
 
 _GOLDEN_ANGLE = np.pi * (3 - np.sqrt(5))  # radians
 _LIGHTNESS, _CHROMA = 0.78, 0.15  # in OKLab: light enough for dark ink; what sRGB lacks is clipped
@@ -112,6 +117,10 @@ class Painter:
         foot = xyxy[:, 3] if rotated is None else xyxy[:, [1, 3]].mean(axis=1)
         self.trails.add(tracks.id, np.column_stack((xyxy[:, [0, 2]].mean(axis=1), foot)))
         line = max(2, round(height / 300))
+        if tracks.mask is not None:
+            order = np.argsort(xyxy[:, 3], kind="stable")
+            for row, shade in zip(order.tolist(), colours(tracks.id[order]), strict=True):
+                _tint(image, tracks.mask.crop(row), shade)
         _draw_trails(image, self.trails, line)
         inside = np.flatnonzero((xyxy[:, :2] < edge[:2]).all(axis=1) & (xyxy[:, 2:] > 0).all(axis=1))
         nearest_last = inside[np.argsort(xyxy[inside, 3], kind="stable")]  # the lowest foot looks nearest
@@ -140,6 +149,17 @@ def _draw_trails(image: Pixels, trails: Trails, line: int) -> None:
     fixed = _fixed_point(points)
     for start, stop, mix in zip(starts, stops + joined, mixes, strict=True):
         cv2.polylines(image, [fixed[start:stop]], False, mix, line + 1, cv2.LINE_AA, _FRACTION_BITS)
+
+
+def _tint(image: Pixels, crop: Crop, shade: Pixels) -> None:
+    """Colour the pixels of a mask, and look at no others than those around it."""
+    height, width = crop.pixels.shape
+    if not height * width:
+        return
+    below = image[crop.y : crop.y + height, crop.x : crop.x + width]
+    # Of OpenCV's ways to mix a picture with one colour the fastest: a seventh of addWeighted's time.
+    tinted = cv2.transform(below, np.column_stack(((1 - TINT) * np.eye(3), TINT * shade)))
+    cv2.copyTo(tinted, crop.pixels.view(np.uint8), below)
 
 
 def _draw_box(image: Pixels, xyxy: Points, shade: list[int], line: int) -> None:

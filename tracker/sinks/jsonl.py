@@ -12,6 +12,9 @@ at, the totals so far stand at the end: "counts": [{"name": "gate", "in": 3, "ou
 
 Rotated boxes say more: "polygon", their four corners, and "angle" in radians, of the side from the first to
 the second; their "xyxy" is the upright box around them.
+
+Where the network finds masks, every track has one as COCO's compressed run lengths of the whole picture,
+"mask": {"size": [height, width], "counts": "…"}, which pycocotools decodes; null where it has no pixels.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import json
 import time
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,13 +31,18 @@ from tracker.boxes import enclosing, polygons, turned
 from tracker.sinks.output import LineSink, LinesOf
 from tracker.types import Frame, Tracks
 
+if TYPE_CHECKING:
+    from tracker.masks import Masks
+
 _LINE = '{"frame":%d,"pts_seconds":%s,%s"tracks":[%s]}\n'
 _LIVE = '"size":[%d,%d],"received":%.3f,"age_ms":%.1f,'
-_TRACK = '{"id":%d,"xyxy":[%.2f,%.2f,%.2f,%.2f],"score":%.4f,"label":%s}'
+_TRACK = '{"id":%d,"xyxy":[%.2f,%.2f,%.2f,%.2f],"score":%.4f,"label":%s'
 _TURNED_TRACK = (
     '{"id":%d,"xyxy":[%.2f,%.2f,%.2f,%.2f],"score":%.4f,'
-    '"polygon":[[%.2f,%.2f],[%.2f,%.2f],[%.2f,%.2f],[%.2f,%.2f]],"angle":%.4f,"label":%s}'
+    '"polygon":[[%.2f,%.2f],[%.2f,%.2f],[%.2f,%.2f],[%.2f,%.2f]],"angle":%.4f,"label":%s'
 )
+_MASKED = ',"mask":%s'
+_MASK = '{"size":[%d,%d],"counts":"%s"}'
 
 # json.dumps knows how to escape, but asked once per track it would be half of the work.
 _quoted = lru_cache(maxsize=4096)(json.dumps)
@@ -55,9 +64,13 @@ def format_line(frame: Frame, tracks: Tracks) -> str:
     if not np.isfinite(numbers).all():
         raise ValueError(f"frame {frame.index + 1} has NaN or inf in its tracks, which JSON does not know")
     labels = [_quoted(tracks.name_of(label)) for label in tracks.label.tolist()]
-    rows = zip(tracks.id.tolist(), *numbers.T.tolist(), labels, strict=True)
+    columns = [tracks.id.tolist(), *numbers.T.tolist(), labels]
+    if tracks.mask is not None:
+        words += _MASKED
+        columns.append(_mask_words(tracks.mask))
+    rows = zip(*columns, strict=True)
     values = tuple(value for row in rows for value in row)
-    rows_text = ",".join([words] * count) % values
+    rows_text = ",".join([words + "}"] * count) % values
     pts_seconds = json.dumps(frame.pts_seconds, allow_nan=False)
     return _LINE % (frame.index + 1, pts_seconds, _live_part(frame), rows_text)
 
@@ -75,6 +88,13 @@ def with_counts(line: bytes, counts: bytes) -> bytes:
 def words_json(lines_of: LinesOf) -> bool:
     """Whether that words lines of one of these forms."""
     return getattr(lines_of, "func", lines_of) in (format_line, named_line)
+
+
+def _mask_words(masks: Masks) -> list[str]:
+    """Each mask's object. Of what has a meaning in JSON, run lengths know the backslash alone."""
+    width, height = masks.size
+    texts = [masks.rle(row).decode() if masks.crop(row).pixels.any() else None for row in range(len(masks))]
+    return ["null" if text is None else _MASK % (height, width, text.replace("\\", "\\\\")) for text in texts]
 
 
 def _live_part(frame: Frame) -> str:

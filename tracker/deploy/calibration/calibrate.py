@@ -31,6 +31,7 @@ from tracker.deploy.precision import rounded, to_half
 from tracker.deploy.quantise import Quantiser
 from tracker.errors import ConfigError, EngineError
 from tracker.evaluation import Scores
+from tracker.frontends import FRONTENDS
 from tracker.manifest import Calibration, Manifest
 
 Reduced = Literal["int8", "fp16", "bf16"]
@@ -352,7 +353,8 @@ def _check_input(model: onnx.ModelProto, manifest: Manifest, source: Path) -> No
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = {value.name: value for value in model.graph.input if value.name not in stored}
     spec = manifest.input
-    if list(inputs) != [spec.name]:
+    kind = FRONTENDS.get(manifest.frontend)
+    if list(inputs) != [spec.name, *(kind.parts if kind else ())]:
         raise ConfigError(
             f"{source} takes {', '.join(inputs)}, its manifest feeds {spec.name}: correct the manifest"
         )

@@ -25,10 +25,10 @@ from onnx import TensorProto, helper
 
 from tracker.deploy.calibration.frames import Choice, choose, chosen
 from tracker.deploy.calibration.ranges import BINS, Histogram
+from tracker.deploy.feeds import Feeds
 from tracker.deploy.islands import copy_of
 from tracker.deploy.plan import partial_file
 from tracker.errors import EngineError
-from tracker.frontends.preprocess import Preprocessor
 from tracker.frontends.worker import start_workers
 from tracker.manifest import Manifest
 from tracker.runtimes.onnx import usable_cores
@@ -94,6 +94,7 @@ def observe(
                 _write(state, key, choice, histograms, done)
                 saved = monotonic()
     finally:  # also when interrupted
+        network.feeds.close()
         workers.shutdown()
         _write(state, key, choice, histograms, done)
     if done < len(choice.places):
@@ -107,17 +108,15 @@ class _Network:
     def __init__(self, model: onnx.ModelProto, manifest: Manifest, tensors: Sequence[str]) -> None:
         shown = copy_of(model)
         outputs = {value.name for value in shown.graph.output}
-        self._input = manifest.input.name
-        self._names = [name for name in tensors if name != self._input]
+        inputs = {value.name for value in shown.graph.input}
+        self._names = [name for name in tensors if name not in inputs]
         shown.graph.output.extend(
             helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
             for name in self._names
             if name not in outputs
         )
-        dimension = shown.graph.input[0].type.tensor_type.shape.dim[0]
-        self._open = not dimension.dim_value
-        self.batch = dimension.dim_value or 1
-        self._preprocess = Preprocessor(manifest.input, self.batch)
+        self.feeds = Feeds.of(model, manifest)
+        self.batch = self.feeds.batch
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised, not printed
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -132,12 +131,13 @@ class _Network:
             ) from error
 
     def run(self, frames: Sequence[Frame]) -> dict[str, torch.Tensor]:
-        """The tensors' values for the frames, at most `batch`; a batch part full counts as far as it is."""
-        images, _ = self._preprocess(frames)
-        count = len(frames)
-        answers = self._session.run(self._names, {self._input: images.numpy()})
-        values = {n: torch.from_numpy(v)[:count] for n, v in zip(self._names, answers, strict=True)}
-        return values | {self._input: images[:count]}
+        """The tensors' values for the frames, at most `batch`; a batch part full counts as far as it is, but
+        for what is fed with regions of images.
+        """
+        fed = self.feeds(frames)
+        answers = self._session.run(self._names, {name: rows.numpy() for name, rows in fed.items()})
+        values = {n: torch.from_numpy(v) for n, v in zip(self._names, answers, strict=True)} | fed
+        return values if len(fed) > 1 else {name: value[: len(frames)] for name, value in values.items()}
 
 
 def _batches(frames: Iterator[Frame], size: int) -> Iterator[list[Frame]]:

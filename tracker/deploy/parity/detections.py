@@ -161,7 +161,7 @@ def watch(
 
     def settle() -> None:
         frames, work = pending.popleft()
-        found.extend(work.result())
+        found.extend(replace(each, mask=None) for each in work.result())  # a clip's would fill the device
         numbers.extend(frame.index for frame in frames)
         if on_frames is not None:
             on_frames(len(frames))
@@ -302,6 +302,7 @@ def _take(found: Detections, rows: Indices) -> Detections:
         score=found.score[rows],
         label=found.label[rows],
         embedding=None if found.embedding is None else found.embedding[rows],
+        mask=None if found.mask is None else found.mask[rows],
     )
 
 

@@ -31,6 +31,7 @@ from tracker.manifest import Manifest
 from tracker.models.checkpoint import load_fairmot
 from tracker.models.fairmot import MULTIPLE, FairMOT, FairMOTConfig
 from tracker.runtimes.lanes import LaneRuntime, resolve
+from tracker.runtimes.onnx_parts import parts_of
 from tracker.runtimes.torch_export import TorchExportRuntime
 from tracker.types import Runtime
 
@@ -67,11 +68,14 @@ class Side:
         }
 
     def probe(self, images: Sequence[Array], config: BuildConfig, device: str) -> Probe | str:
-        """What marks its intermediate tensors, or why nothing can. config: for pieces of an engine."""
+        """What marks its intermediate tensors, or why nothing can. config: for pieces of an engine.
+
+        Of an engine in parts, those of the part that takes the images.
+        """
         if self.network is not None:
             return TorchProbe(trace(self.network.cpu()), images)
         if self.path.suffix == ONNX:
-            return OnnxProbe(load(self.path), images)
+            return OnnxProbe(parts_of(load(self.path))[self.manifest.input.name], images)
         if self.path.suffix == TORCH:
             return self._program(images)
         if self.onnx is None:
