@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import subprocess
 import sys
-import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path

@@ -178,6 +178,9 @@ class _Compilation:
         flag = kinds.STRONGLY_TYPED if self._strong else kinds.EXPLICIT_BATCH
         network = builder.create_network(1 << int(flag))
         parser = self._trt.OnnxParser(network, self._messages)
+        native = getattr(getattr(self._trt, "OnnxParserFlag", None), "NATIVE_INSTANCENORM", None)
+        if native is not None:  # without it TensorRT 8 asks for a plugin, and that for cuDNN 8
+            parser.set_flag(native)
         model = self._model if self._strong else _scales_in_fp32(self._model)
         parsed = parser.parse(model.SerializeToString())
         return builder, network, None if parsed else self._refusal(parser)
