@@ -6,7 +6,6 @@ file. Like a plan it is code, and its hash is what the manifest checks. Builds n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ import torch
 
 from tracker.errors import EngineError
 from tracker.manifest import Manifest
+from tracker.runtimes.container import Container, Pieces, begins_with
 from tracker.runtimes.tensorrt import REBUILD, TensorRTRuntime, read_engine
 
-MAGIC = b"trkprt1\n"  # then the index's length, 8 bytes, little-endian, the index, and what it points to
-_ALIGNMENT = 64  # bytes
+MAGIC = b"trkprt1\n"
 
 
 class PartsRuntime(TensorRTRuntime):
@@ -54,23 +53,13 @@ class PartsRuntime(TensorRTRuntime):
 
 def in_parts(path: Path) -> bool:
     """Whether a file is one of these. Raises EngineError where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError as error:
-        raise EngineError(f"cannot read {path}: {error.strerror}") from error
+    return begins_with(path, MAGIC)
 
 
 def pack(plans: Mapping[str, bytes]) -> bytes:
-    """The file's content, of plans by input: magic, length of the index, index (JSON), plans as they are."""
-    data, index = bytearray(), {}
-    for name, plan in plans.items():
-        data.extend(bytes(-len(data) % _ALIGNMENT))
-        index[name] = [len(data), len(data) + len(plan)]
-        data.extend(plan)
-    text = json.dumps(index).encode()
-    text += b" " * (-(len(MAGIC) + 8 + len(text)) % _ALIGNMENT)
-    return b"".join((MAGIC, len(text).to_bytes(8, "little"), text, data))
+    """The file's content, of plans by input; see `container`."""
+    pieces = Pieces()
+    return pieces.packed(MAGIC, {name: pieces.add(plan) for name, plan in plans.items()})
 
 
 def unpack(content: bytes, name: str) -> dict[str, bytes]:
@@ -78,17 +67,13 @@ def unpack(content: bytes, name: str) -> dict[str, bytes]:
 
     Raises EngineError for what is no such file, is cut short or says what cannot be.
     """
-    begin = len(MAGIC) + 8
-    length = int.from_bytes(content[len(MAGIC) : begin], "little")
-    data = memoryview(content)[begin + length :]
     try:
-        index = json.loads(content[begin : begin + length])
-        plans = {str(part): bytes(data[first:last]) for part, (first, last) in index.items()}
-        whole = content[: len(MAGIC)] == MAGIC and all(
-            0 <= first < last <= len(data) for first, last in index.values()
-        )
-    except (ValueError, TypeError, AttributeError):  # neither JSON nor UTF-8, or another JSON
-        whole = False
-    if not whole or not plans:
-        raise EngineError(f"{name} is no engine in parts or is cut short: copy it again, or {REBUILD}")
-    return plans
+        container = Container(content, MAGIC)
+        plans = {str(part): bytes(container.piece(place)) for part, place in container.index.items()}
+        if not plans or not all(plans.values()):
+            raise ValueError("it has no plans, or empty ones")
+        return plans
+    except (ValueError, TypeError, AttributeError) as error:  # the last two of another JSON
+        raise EngineError(
+            f"{name} is no engine in parts or is cut short ({error}): copy it again, or {REBUILD}"
+        ) from error

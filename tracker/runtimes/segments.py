@@ -8,7 +8,6 @@ manifest checks. Knows nothing of images or boxes, and builds nothing.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -22,6 +21,7 @@ from tracker.errors import EngineError
 from tracker.graphs import Graphs, first_line
 from tracker.kernels.deform import TAPS, deform_conv2d
 from tracker.manifest import Manifest
+from tracker.runtimes.container import Container, Pieces, begins_with
 from tracker.runtimes.lanes import LaneRuntime, Shape, check_batch, on, resolve
 from tracker.runtimes.tensorrt import (
     LANES,
@@ -34,8 +34,7 @@ from tracker.runtimes.tensorrt import (
 )
 from tracker.runtimes.trt import TrtName, collector, trt_module
 
-MAGIC = b"trkseg1\n"  # then the index's length, 8 bytes, little-endian, the index, and what it points to
-_ALIGNMENT = 64  # bytes
+MAGIC = b"trkseg1\n"
 _PACKED = 8  # channels: what a pixel is filled up to where no plan says how a tensor lies
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _HIGH = -1  # priority of side streams: torch shares its streams out in turn, and hands these to nobody else
@@ -267,26 +266,17 @@ class SegmentsLane:
 
 def in_segments(path: Path) -> bool:
     """Whether a file is one of these. Raises EngineError where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError as error:
-        raise EngineError(f"cannot read {path}: {error.strerror}") from error
+    return begins_with(path, MAGIC)
 
 
 def pack(segments: Segments) -> bytes:
-    """The file's content: magic, length of the index, index (JSON), weights and plans as they are."""
-    data = bytearray()
-
-    def add(content: bytes | memoryview) -> list[int]:
-        data.extend(bytes(-len(data) % _ALIGNMENT))
-        data.extend(content)
-        return [len(data) - len(content), len(data)]
+    """The file's content; see `container`."""
+    pieces = Pieces()
 
     def tensor(values: Tensor) -> dict[str, object]:
         raw = values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
         dtype = str(values.dtype).removeprefix("torch.")
-        return {"dtype": dtype, "shape": list(values.shape), "data": add(raw)}
+        return {"dtype": dtype, "shape": list(values.shape), "data": pieces.add(raw)}
 
     def deform(one: Deform) -> dict[str, object]:
         bias = None if one.bias is None else tensor(one.bias)
@@ -299,11 +289,9 @@ def pack(segments: Segments) -> bytes:
         "inputs": segments.inputs,
         "outputs": segments.outputs,
         "stages": [[deform(each) for each in stage] for stage in segments.stages],
-        "plans": [add(plan) for plan in segments.plans],
+        "plans": [pieces.add(plan) for plan in segments.plans],
     }
-    text = json.dumps(index).encode()
-    text += b" " * (-(len(MAGIC) + 8 + len(text)) % _ALIGNMENT)
-    return b"".join((MAGIC, len(text).to_bytes(8, "little"), text, data))
+    return pieces.packed(MAGIC, index)
 
 
 def unpack(content: bytes, name: str) -> Segments:
@@ -311,30 +299,16 @@ def unpack(content: bytes, name: str) -> Segments:
 
     Raises EngineError for what is no such file, is cut short or says what cannot be.
     """
-    whole = memoryview(content)
-    begin = len(MAGIC) + 8
-    if content[: len(MAGIC)] != MAGIC:
-        raise _damaged(name, "it does not begin as one")
-    length = int.from_bytes(content[len(MAGIC) : begin], "little")
-    if length > len(whole) - begin:
-        raise _damaged(name, "it is cut short")
-    data = whole[begin + length :]
-
-    def piece(place: Any) -> memoryview:
-        first, last = place
-        if not 0 <= first <= last <= len(data):
-            raise _damaged(name, f"it is cut short: {len(data)} bytes where there should be {last}")
-        return data[first:last]
 
     def tensor(about: Any) -> Tensor:
-        values = torch.frombuffer(bytearray(piece(about["data"])), dtype=_DTYPES[about["dtype"]])
+        values = torch.frombuffer(bytearray(container.piece(about["data"])), dtype=_DTYPES[about["dtype"]])
         return values.reshape(about["shape"])
 
     def deform(about: Any) -> Deform:
         bias = None if about["bias"] is None else tensor(about["bias"])
         shifts = tuple(about["shifts"])
         if len(shifts) not in (1, 2) or len(about["weight"]["shape"]) != 3:
-            raise ValueError(about["name"])
+            raise ValueError(f"{about['name']} cannot be read")
         return Deform(
             name=about["name"],
             x=about["x"],
@@ -347,18 +321,21 @@ def unpack(content: bytes, name: str) -> Segments:
         )
 
     try:
-        index = json.loads(bytes(whole[begin : begin + length]))
+        container = Container(content, MAGIC)
+        index = container.index
         library: TrtName = index["library"]
         if library not in ("tensorrt", "tensorrt_rtx") or len(index["plans"]) < len(index["stages"]):
-            raise ValueError(library)
+            raise ValueError(f"it is for {library}, or has fewer plans than stages")
         return Segments(
             library=library,
             inputs=tuple(index["inputs"]),
             outputs=tuple(index["outputs"]),
-            plans=[piece(place) for place in index["plans"]],
+            plans=[container.piece(place) for place in index["plans"]],
             stages=[[deform(each) for each in stage] for stage in index["stages"]],
         )
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:  # JSON's, torch's, and what is not there
+    except ValueError as error:
+        raise _damaged(name, str(error)) from error
+    except (KeyError, TypeError, RuntimeError) as error:  # torch's, and what is not there
         raise _damaged(name, "what it holds cannot be read") from error
 
 
