@@ -82,10 +82,14 @@ class HostLane:
         self._input, self._roles = manifest.input.name, manifest.outputs
         self._static = runtime.inputs[self._input][0] is not None
         self._preprocess = Preprocessor(manifest.input, batch)
-        self.placed = torch.tensor([0, 0, *manifest.input.size]).repeat(batch, 1)
+        self._places: list[tuple[int, int, int, int]] = [(0, 0, *manifest.input.size)] * batch
         self.kept: Tensor | None = None
         self.seconds = {"preprocess": 0.0, "inference": 0.0, "postprocess": 0.0}
         self.transfers = Transfers()
+
+    @property
+    def placed(self) -> Tensor:
+        return torch.tensor(self._places)
 
     def empty(self) -> Outputs:
         tensor, _ = self._preprocess(())
@@ -94,8 +98,7 @@ class HostLane:
     def __call__(self, frames: Sequence[Frame]) -> tuple[Packed, list[Fit]]:
         begun = perf_counter()
         tensor, fits = self._preprocess(frames)
-        for row, fit in zip(self.placed, fits, strict=False):
-            row[:] = torch.tensor((*fit.offset, *fit.resized))
+        self._places[: len(fits)] = [(*fit.offset, *fit.resized) for fit in fits]
         prepared = perf_counter()
         outputs = self._run(tensor, len(frames))
         ran = perf_counter()
