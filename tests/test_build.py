@@ -348,7 +348,10 @@ class TestWhileItWorks:
 class TestPrecisionByFlags:
     """TensorRT 8.6, which takes types for suggestions unless it is told otherwise."""
 
-    kinds = Enum("LayerType", "CONVOLUTION CAST CONSTANT SHUFFLE GRID_SAMPLE ELEMENTWISE")
+    kinds = Enum(
+        "LayerType",
+        "CONVOLUTION CAST CONSTANT SHUFFLE GRID_SAMPLE ELEMENTWISE QUANTIZE DEQUANTIZE RESIZE",
+    )
 
     class Layer:
         """Takes and gives tensors of these names; everything is free until it is pinned."""
@@ -370,7 +373,10 @@ class TestPrecisionByFlags:
 
     def marked(self, model: onnx.ModelProto, *flags: str) -> tuple[set[str], dict[str, Any]]:
         """The flags that were set, and the layers by the tensor they give."""
-        by_kind = {"Conv": "CONVOLUTION", "Cast": "CAST", "GridSample": "GRID_SAMPLE", "Add": "ELEMENTWISE"}
+        by_kind = {
+            "Conv": "CONVOLUTION", "Cast": "CAST", "GridSample": "GRID_SAMPLE", "Add": "ELEMENTWISE",
+            "QuantizeLinear": "QUANTIZE", "DequantizeLinear": "DEQUANTIZE", "Resize": "RESIZE",
+        }  # fmt: skip
         layers = [
             self.Layer(self.kinds[by_kind.get(node.op_type, "SHUFFLE")], [*node.input[:2]], [node.output[0]])
             for node in model.graph.node
@@ -381,6 +387,7 @@ class TestPrecisionByFlags:
             BuilderFlag=SimpleNamespace(**{flag: flag for flag in flags}),
             LayerType=self.kinds,
             float32="float32",
+            float16="float16",
             __version__="8.6.1",
         )
         found: set[str] = set()
@@ -398,6 +405,38 @@ class TestPrecisionByFlags:
         assert layers[f"{block}.grid"].output_types == {0: "float32"}
         free = {f"{block}.conv_offset_mask", f"{block}.masked_samples", "wh.fp16", "cast.wh"}
         assert not free & pinned
+
+    def quantised(self, mode: str) -> onnx.ModelProto:
+        """An image, resized and then quantised for the first of two convolutions."""
+        names = {"scales": np.array([1, 1, 0.5, 0.5], np.float32), "s": np.float32(0.25), "z": np.int8(0),
+                 "w8": np.ones((4, 4, 3, 3), np.int8), "w": np.ones((4, 4, 3, 3), np.float32)}  # fmt: skip
+        steps = [
+            ("Conv", ["x", "w"], "first"), ("Resize", ["first", "", "scales"], "small"),
+            ("QuantizeLinear", ["small", "s", "z"], "q"), ("DequantizeLinear", ["q", "s", "z"], "dq"),
+            ("DequantizeLinear", ["w8", "s", "z"], "taken_back"), ("Conv", ["dq", "taken_back"], "second"),
+            ("Exp", ["second"], "y"),
+        ]  # fmt: skip
+        model = one_node("Conv")
+        del model.graph.node[:]
+        model.graph.node.extend(helper.make_node(kind, ins, [out], out) for kind, ins, out in steps)
+        model.graph.node[1].attribute.append(helper.make_attribute("mode", mode))
+        model.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), k) for k, v in names.items())
+        return onnx.shape_inference.infer_shapes(model)
+
+    def test_what_quantises_is_left_alone(self) -> None:
+        """TensorRT 8.6: "A DequantizeLayer can only run in DataType::kINT8 or DataType::kFP8 precision"."""
+        model = to_half(self.quantised("linear"), HalfConfig(keep=("second",)))
+        flags, layers = self.marked(model, "FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS")
+        assert flags == {"FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS"}
+        assert layers["second"].precision == "float32" == layers["y"].precision
+        assert not any(layers[name].precision for name in ("q", "dq", "taken_back"))
+
+    def test_pixels_between_pixels_are_computed_before_they_are_quantised(self) -> None:
+        words = ("FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS")
+        _, layers = self.marked(to_half(self.quantised("linear")), *words)
+        assert layers["small"].precision == "float16" and layers["small"].output_types == {0: "float16"}
+        _, layers = self.marked(to_half(self.quantised("nearest")), *words)
+        assert layers["small"].precision is None
 
     def test_fp32_graphs_need_no_word(self, exported: Callable[..., Path]) -> None:
         flags, layers = self.marked(onnx.load(exported()), "FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS")

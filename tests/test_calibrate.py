@@ -36,10 +36,11 @@ from tracker.deploy.export import ExportConfig, export_fairmot, generated_frames
 from tracker.deploy.islands import precision_of
 from tracker.deploy.lower import lowered
 from tracker.deploy.parity.detections import Findings
-from tracker.deploy.plan import BuildConfig, _scales_in_fp32, compile_plan
+from tracker.deploy.plan import BuildConfig, compile_plan
 from tracker.deploy.precision import to_half
 from tracker.deploy.quantise import LEVELS, Quantiser, half_scales, unquantised
 from tracker.deploy.segments import cut
+from tracker.deploy.weakly_typed import scales_in_fp32
 from tracker.engine import describe, open_engine
 from tracker.errors import ConfigError, EngineError, SourceError
 from tracker.frontends.preprocess import Preprocessor
@@ -234,6 +235,24 @@ class TestWhereIntegersGo:
         nodes = [helper.make_node("ConvTranspose", ["x", "w"], ["a"], "up", strides=(2, 2)), conv("y", "a")]
         quantiser = Quantiser(graph_of(nodes, {"w": weight}))
         assert quantiser.layers["up"].axis == 1
+
+    def test_what_no_image_reaches_stays_as_it_is(self) -> None:
+        """DETR's first look at its queries, which TensorRT computes while it builds."""
+        nodes = [node("MatMul", ["queries", "w2"], "asked"), conv("a", "x"), node("Add", ["a", "asked"], "b"),
+                 conv("y", "b")]  # fmt: skip
+        weights = {"w": W, "queries": np.ones((8, 8)), "w2": np.ones((8, 8))}
+        assert set(Quantiser(graph_of(nodes, weights)).layers) == {"a"}
+
+    def test_layers_with_the_same_weights_share_the_integers_but_no_node(self) -> None:
+        model = graph_of([conv("a", "x"), conv("b", "a"), conv("y", "b")], {"w": W})
+        quantised = reduced(Quantiser(model))
+        integers = takes_integers(quantised)
+        assert (integers["a"], integers["b"]) == (["x", "w"], ["a", "w.1"])
+        back = [each for each in quantised.graph.node if each.input[0] == "w.int8"]
+        assert len(back) == 2 and list(back[0].input) == list(back[1].input)
+        assert sum(tensor.name == "w.int8" for tensor in quantised.graph.initializer) == 1
+        plain = unquantised(quantised)
+        assert {each.input[1] for each in plain.graph.node if each.name != "y"} == {"w.dq"}
 
     def test_taken_back_the_graph_is_in_its_own_type_with_weights_as_the_integers_say(
         self, demo: Quantiser, tmp_path: Path
@@ -520,14 +539,14 @@ class TestGraphsOfOurs:
 
     def test_tensorrt_8_6_is_given_scales_in_fp32(self, deformable: Quantiser) -> None:
         half = to_half(reduced(deformable))
-        told = _scales_in_fp32(half)
+        told = scales_in_fp32(half)
         before, after = ({t.name: t for t in model.graph.initializer} for model in (half, told))
-        scales = {each.input[1] for each in half.graph.node if each.op_type == "QuantizeLinear"}
+        scales = {each.input[1] for each in half.graph.node if each.op_type == "DequantizeLinear"}
         assert {before[name].data_type for name in scales} == {TensorProto.FLOAT16}
         assert {after[name].data_type for name in scales} == {TensorProto.FLOAT}
         for name in scales:
-            assert numpy_helper.to_array(before[name]) == numpy_helper.to_array(after[name])
-        assert _scales_in_fp32(told) is told
+            np.testing.assert_array_equal(*(numpy_helper.to_array(each[name]) for each in (before, after)))
+        assert scales_in_fp32(told) is told
 
 
 def test_yolox_keeps_what_it_must(rtx: Any, data: Path, tmp_path: Path) -> None:

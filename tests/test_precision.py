@@ -296,6 +296,32 @@ class TestIslands:
         assert stored["limit"] == np.float16(65504)
         assert Islands(model, HalfConfig(kind="bf16")).wide == set()
 
+    def test_quantised_as_precisely_as_what_is_around_it(self) -> None:
+        """No cast comes between a layer and its integers: TensorRT would not see that it takes them."""
+
+        def pair(tensor: str, scale: str) -> list[onnx.NodeProto]:
+            return [
+                helper.make_node("QuantizeLinear", [tensor, scale, "zero"], [f"{tensor}.q"]),
+                helper.make_node("DequantizeLinear", [f"{tensor}.q", scale, "zero"], [f"{tensor}.dq"]),
+            ]
+
+        taken_back = helper.make_node("DequantizeLinear", ["integers", "tiny", "zero"], ["weight.dq"])
+        model = small(
+            [taken_back, *pair("x", "step"), conv("x.dq", "a", "weight.dq"),
+             helper.make_node("Exp", ["a"], ["b"]), *pair("b", "step"), conv("b.dq", "c", "weight.dq"),
+             conv("c", "y", "large")],
+            {"integers": np.ones((4, 4, 1, 1), np.int8), "zero": np.int8(0), "step": np.float32(0.25),
+             "tiny": np.float32(2.0**-20), "large": 1e6 * weights(4, 4, 1, 1)},
+            inputs={"x": (1, 4, 8, 8)},
+            outputs=("y",),
+        )  # fmt: skip
+        types = types_at(to_half(model))
+        assert types["x.q"] == types["b.q"] == ({FLOAT}, set())  # the image, and an exponential
+        assert types["x.dq"] == types["b.dq"] == types["weight.dq"] == ({FLOAT16}, {FLOAT16})
+        assert types["c"] == ({FLOAT16}, {FLOAT16}) and types["y"] == ({FLOAT}, {FLOAT})
+        casts = {node.input[0] for node in to_half(model).graph.node if node.op_type == "Cast"}
+        assert casts == {"a", "c"}
+
     def test_names_kept_on_demand(self, demo: onnx.ModelProto) -> None:
         kept = HalfConfig(keep=(r"base\.level[01].*", "wh.2"))
         wide = Islands(demo, kept).wide

@@ -192,9 +192,11 @@ class Islands:
         held = torch.finfo(HALVES[self.config.kind][1])
         for index in self._ports[node.name][0]:
             if node.input[index] in self.constants:
-                sizes = np.abs(within_bounds(node, self.constants[node.input[index]], held.max))
+                values = within_bounds(node, self.constants[node.input[index]], held.max)
+                sizes = np.abs(values)
                 largest = np.max(sizes, where=np.isfinite(sizes), initial=0)
-                if not (largest == 0 or held.tiny <= largest <= held.max):
+                fits = largest == 0 or held.tiny <= largest <= held.max
+                if not (fits or _held_exactly(values, HALVES[self.config.kind][1])):
                     return False
         return True
 
@@ -236,7 +238,11 @@ class Islands:
         return {name for name in seen if self._ops[name] not in _EITHER}
 
     def _between(self) -> set[str]:
-        """Nodes that may as well be wide, because they are between wide ones."""
+        """Nodes that may as well be wide, because they are between wide ones.
+
+        Q of an image or of what must be wide is wide; DQ is as precise as what takes it: a cast between it
+        and a layer hides from TensorRT that the layer takes integers.
+        """
         wide = set(self.wide)
         for node in self.model.graph.node:
             sources = [n for n in node.input if self.is_float(n) and n not in self.constants]
@@ -245,13 +251,25 @@ class Islands:
                 if any(fed) if node.op_type in _EITHER else all(fed):
                     wide.add(node.name)
         for node in reversed(self.model.graph.node):
-            if node.name not in self.wide and not all(
+            used_wide = all(
                 (name not in self._outputs or not self.config.half_io)
                 and all(user.name in wide for user in self._consumers.get(name, ()))
                 for name in node.output
-            ):
+            )
+            if node.op_type == "DequantizeLinear" and used_wide:
+                wide.add(node.name)
+            elif node.name not in self.wide and not used_wide and not self._quantises_wide(node):
                 wide.discard(node.name)
         return wide
+
+    def _quantises_wide(self, node: onnx.NodeProto) -> bool:
+        """Whether it quantises what is wide in any case. DeformConv's answer is what its kernel makes it."""
+        if node.op_type != "QuantizeLinear":
+            return False
+        producer = self._producers.get(node.input[0])
+        if producer is None:
+            return not self.config.half_io
+        return producer.name in self.wide and producer.op_type not in HEAVY
 
     def _is_wide(self, tensor: str, wide: set[str]) -> bool:
         producer = self._producers.get(tensor)
@@ -288,6 +306,11 @@ def _prepared(model: onnx.ModelProto, kind: Half) -> onnx.ModelProto:
 def within_bounds(node: onnx.NodeProto, values: Array, limit: float) -> Array:
     """The constant; bounds that half precision does not reach become its own."""
     return np.clip(values, -limit, limit) if node.op_type == "Clip" else values
+
+
+def _held_exactly(values: Array, kind: torch.dtype) -> bool:
+    exact = torch.tensor(values)
+    return torch.equal(exact, exact.to(kind).to(exact.dtype))
 
 
 def copy_of(message: M) -> M:

@@ -17,12 +17,13 @@ from time import perf_counter
 from types import ModuleType
 from typing import Any, TypeVar
 
-import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
-from tracker.deploy.islands import copy_of, element_types, precision_of
+from tracker.deploy.islands import element_types, precision_of
+from tracker.deploy.refusals import left_out
+from tracker.deploy.weakly_typed import adapted, scales_in_fp32
 from tracker.errors import ConfigError, EngineError
 from tracker.manifest import Batch, Builder
 from tracker.runtimes.trt import collector, reason, remedy, trt_module
@@ -34,6 +35,8 @@ T = TypeVar("T")
 
 OPEN_BATCH: Batch = (1, 4, 8)
 TICK_SECONDS = 0.2  # between calls of a Progress
+# Layers whose precision is what they do. TensorRT refuses another for those that quantise.
+_AS_THEY_ARE = ("CAST", "IDENTITY", "CONSTANT", "SHAPE", "QUANTIZE", "DEQUANTIZE")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +125,8 @@ class _Compilation:
     ) -> None:
         self._trt: Any = trt
         self._layouts = layouts
-        self._model, self._config = model, config
+        self._config = config
+        self._model = model if self._strong else adapted(model)
         self._messages = collector(trt)
         self._monitor = _monitor(trt)
         self.batch: Batch = OPEN_BATCH
@@ -161,7 +165,7 @@ class _Compilation:
         cache = self._timing_cache(options)
         serialised = builder.build_serialized_network(network, options)
         if serialised is None:
-            raise self._error("cannot build the graph")
+            raise self._unbuilt()
         if cache is not None and self._config.timing_cache is not None:
             measured = memoryview(options.get_timing_cache().serialize())
             with partial_file(self._config.timing_cache) as file, file.step():
@@ -178,10 +182,7 @@ class _Compilation:
         flag = kinds.STRONGLY_TYPED if self._strong else kinds.EXPLICIT_BATCH
         network = builder.create_network(1 << int(flag))
         parser = self._trt.OnnxParser(network, self._messages)
-        native = getattr(getattr(self._trt, "OnnxParserFlag", None), "NATIVE_INSTANCENORM", None)
-        if native is not None:  # without it TensorRT 8 asks for a plugin, and that for cuDNN 8
-            parser.set_flag(native)
-        model = self._model if self._strong else _scales_in_fp32(self._model)
+        model = self._model if self._strong else scales_in_fp32(self._model)
         parsed = parser.parse(model.SerializeToString())
         return builder, network, None if parsed else self._refusal(parser)
 
@@ -268,6 +269,16 @@ class _Compilation:
             options.set_timing_cache(cache, False)
         return cache
 
+    def _unbuilt(self) -> EngineError:
+        """Why there is no plan; of a quantised graph, which layers to leave as they were."""
+        quantised = precision_of(self._model) == "int8"
+        advice = left_out(self._model, "\n".join(self._messages.errors)) if quantised else None
+        if advice is None:
+            return self._error("cannot build the graph")
+        return EngineError(
+            f"{self._name} cannot build the graph in INT8 ({self._messages.reason()}): {advice}"
+        )
+
     @property
     def _name(self) -> str:
         label = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}[self._config.builder]
@@ -283,7 +294,9 @@ def mark_precision(trt: Any, network: Any, options: Any, model: onnx.ModelProto)
 
     It may then use half precision and integers where the graph does, and is held to FP32 in every layer that
     touches one of its FP32 tensors: such a layer would otherwise be free to round what it is given, the grid
-    of a GridSample say.
+    of a GridSample say. In a graph with integers it is held to half precision where the graph resamples
+    between pixels: it would move quantisation to before a Resize (NVIDIA/TensorRT issue 2976) and find that
+    it has no INT8 kernel for one that computes new pixels.
     """
     types = element_types(model)
     kinds = set(types.values())
@@ -296,12 +309,18 @@ def mark_precision(trt: Any, network: Any, options: Any, model: onnx.ModelProto)
     if not (flags["FP16"] or flags["BF16"]):
         return 0
     options.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-    as_they_are = {getattr(trt.LayerType, name, None) for name in ("CAST", "IDENTITY", "CONSTANT", "SHAPE")}
+    as_they_are = {getattr(trt.LayerType, name, None) for name in _AS_THEY_ARE}
+    between = _resampled(model) if flags["INT8"] and flags["FP16"] else frozenset()
     pinned = 0
     for layer in map(network.get_layer, range(network.num_layers)):
         outputs = [layer.get_output(place) for place in range(layer.num_outputs)]
         inputs = [layer.get_input(place) for place in range(layer.num_inputs)]
         touched = {types.get(tensor.name) for tensor in inputs + outputs if tensor is not None}
+        if any(tensor.name in between for tensor in outputs) and TensorProto.FLOAT not in touched:
+            layer.precision = trt.float16
+            layer.set_output_type(0, trt.float16)
+            pinned += 1
+            continue
         if layer.type in as_they_are or TensorProto.FLOAT not in touched:
             continue
         layer.precision = trt.float32
@@ -312,20 +331,14 @@ def mark_precision(trt: Any, network: Any, options: Any, model: onnx.ModelProto)
     return pinned
 
 
-def _scales_in_fp32(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The parser of 8.6 reads scales of Q and DQ as FP32 whatever they are (onnx-tensorrt 8.6,
-    `QuantDequantLinearHelper`); the network has no types yet that this could contradict.
-    """
-    nodes = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
-    scales = {node.input[1] for node in nodes}
-    if not any(t.name in scales and t.data_type != TensorProto.FLOAT for t in model.graph.initializer):
-        return model
-    model = copy_of(model)
-    for tensor in model.graph.initializer:
-        if tensor.name in scales:
-            values = numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    return model
+def _resampled(model: onnx.ModelProto) -> frozenset[str]:
+    """What Resize gives that computes new pixels, not only repeats them."""
+    modes = {
+        node.output[0]: next((each.s for each in node.attribute if each.name == "mode"), b"nearest")
+        for node in model.graph.node
+        if node.op_type == "Resize"
+    }
+    return frozenset(name for name, mode in modes.items() if mode != b"nearest")
 
 
 def _monitor(trt: Any) -> Any:

@@ -64,7 +64,12 @@ class Quantiser:
         self._place = {node.name: index for index, node in enumerate(graph.node)}
         if len(self._place) < len(graph.node):
             raise EngineError("several nodes have one name: export the graph again")
-        every = {node.name: layer for node in graph.node if (layer := self._layer(node)) is not None}
+        reached = self._reached()
+        every = {
+            node.name: layer
+            for node in graph.node
+            if node.input and node.input[0] in reached and (layer := self._layer(node)) is not None
+        }
         self.high = self._single_channels() | self._last(every) | self._coordinates(every)
         self.layers = {name: layer for name, layer in every.items() if name not in self.high}
         if not self.layers:
@@ -96,9 +101,8 @@ class Quantiser:
                 nodes[user].input[place] = f"{tensor}.dq"
         weights: list[onnx.NodeProto] = []
         for layer in (layer for name, layer in self.layers.items() if name not in kept):
-            if not any(node.output[0] == f"{layer.weight}.dq" for node in weights):
-                weights.append(self._integers(layer, constants))
-            nodes[layer.name].input[1] = f"{layer.weight}.dq"
+            weights.append(self._integers(layer, constants, weights))
+            nodes[layer.name].input[1] = weights[-1].output[0]
         order = [pair for value in graph.input for pair in pairs.get(value.name, ())]
         for node in graph.node:
             order.append(copy_of(node))
@@ -112,6 +116,14 @@ class Quantiser:
         if all(opset.domain in ("", "ai.onnx") for opset in model.opset_import):
             onnx.checker.check_model(model, full_check=True)
         return model
+
+    def _reached(self) -> set[str]:
+        """Tensors computed from the images. TensorRT computes all others while it builds, as they are."""
+        reached = {value.name for value in self.model.graph.input}
+        for node in self.model.graph.node:  # in topological order, as ONNX demands
+            if not reached.isdisjoint(node.input):
+                reached.update(node.output)
+        return reached
 
     def _layer(self, node: onnx.NodeProto) -> Layer | None:
         """The node as a layer; None if it has no constant weights to quantise by output channel."""
@@ -236,18 +248,28 @@ class Quantiser:
                 group.update(dict.fromkeys(together, together))
         return {t: float(half_scales(max(ranges[each] for each in group[t]))) for t in points}
 
-    def _integers(self, layer: Layer, constants: list[onnx.TensorProto]) -> onnx.NodeProto:
-        """The weights as INT8, each output channel on its own scale, and the node that takes them back."""
-        values = numpy_helper.to_array(self._weights[layer.weight]).astype(np.float32)
-        across = tuple(axis for axis in range(values.ndim) if axis != layer.axis)
-        scales = half_scales(np.abs(values).max(axis=across))
-        shape = [-1 if axis == layer.axis else 1 for axis in range(values.ndim)]
-        integers = np.clip(np.rint(values / scales.reshape(shape)), -LEVELS, LEVELS).astype(np.int8)
+    def _integers(
+        self, layer: Layer, constants: list[onnx.TensorProto], before: list[onnx.NodeProto]
+    ) -> onnx.NodeProto:
+        """The node that takes a layer's weights back from INT8, each output channel on its own scale.
+
+        before: those of other layers. Layers with the same weights share the integers, but no node: TensorRT
+        makes it part of one layer.
+        """
         names = [f"{layer.weight}.{part}" for part in ("int8", "scale", "zero")]
-        arrays = (integers, scales, np.zeros(scales.shape, np.int8))
-        constants += [numpy_helper.from_array(array, name) for array, name in zip(arrays, names, strict=True)]
-        return helper.make_node("DequantizeLinear", names, [f"{layer.weight}.dq"], f"{layer.weight}.dq",
-                                axis=layer.axis)  # fmt: skip
+        sharing = sum(list(node.input) == names for node in before)
+        if not sharing:
+            values = numpy_helper.to_array(self._weights[layer.weight]).astype(np.float32)
+            across = tuple(axis for axis in range(values.ndim) if axis != layer.axis)
+            scales = half_scales(np.abs(values).max(axis=across))
+            shape = [-1 if axis == layer.axis else 1 for axis in range(values.ndim)]
+            integers = np.clip(np.rint(values / scales.reshape(shape)), -LEVELS, LEVELS).astype(np.int8)
+            arrays = (integers, scales, np.zeros(scales.shape, np.int8))
+            constants += [
+                numpy_helper.from_array(array, name) for array, name in zip(arrays, names, strict=True)
+            ]
+        output = f"{layer.weight}.{sharing}.dq" if sharing else f"{layer.weight}.dq"
+        return helper.make_node("DequantizeLinear", names, [output], output, axis=layer.axis)
 
 
 def unquantised(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -257,18 +279,21 @@ def unquantised(model: onnx.ModelProto) -> onnx.ModelProto:
     weights = {tensor.name: tensor for tensor in graph.initializer}
     quantised = {node.output[0]: node for node in graph.node if node.op_type == "QuantizeLinear"}
     instead: dict[str, str] = {}
+    taken_back: dict[tuple[str, str], str] = {}  # by integers and scales, the weights that they are
     for node in graph.node:
         if node.op_type != "DequantizeLinear":
             continue
+        stored, output = (node.input[0], node.input[1]), node.output[0]
         maker = quantised.get(node.input[0])
-        if maker is not None:
-            instead[node.output[0]] = maker.input[0]
+        if maker is not None or stored in taken_back:
+            instead[output] = taken_back[stored] if maker is None else maker.input[0]
             continue
+        taken_back[stored] = output
         integers, scales = (numpy_helper.to_array(weights[name]) for name in node.input[:2])
         axis = next((each.i for each in node.attribute if each.name == "axis"), 1)
         shape = [-1 if each == axis % integers.ndim else 1 for each in range(integers.ndim)]
         values = integers.astype(np.float32) * scales.astype(np.float32).reshape(shape if scales.ndim else ())
-        graph.initializer.append(numpy_helper.from_array(values.astype(scales.dtype), node.output[0]))
+        graph.initializer.append(numpy_helper.from_array(values.astype(scales.dtype), output))
     nodes = [node for node in graph.node if node.op_type not in ("QuantizeLinear", "DequantizeLinear")]
     for node in nodes:
         for index, name in enumerate(node.input):
