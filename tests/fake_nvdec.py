@@ -18,7 +18,8 @@ import av
 import numpy as np
 import torch
 
-from tracker.sources import nvdec
+from tracker.sources import nvdec, open_source
+from tracker.sources.connections import Network
 
 CPU = torch.device("cpu")
 
@@ -63,6 +64,8 @@ class FakeDecoder:
 
 class FakeLibrary:
     cudaVideoCodec = SimpleNamespace(H264="H264", HEVC="HEVC", VP8="VP8", VP9="VP9", AV1="AV1", MPEG2="MPEG2")  # noqa: N815
+    DisplayDecodeLatencyType = SimpleNamespace(NATIVE=0, LOW=1)
+    VideoPacketFlag = SimpleNamespace(ENDOFPICTURE=8)
     PacketData = SimpleNamespace
 
     def __init__(self, **limits: int) -> None:
@@ -134,8 +137,8 @@ class FakeFile(nvdec.NvdecFile):
     quirks: Mapping[str, Any] = MappingProxyType({})
     ready: Callable[[], Any] | None = None  # makes events where pictures shall have some
 
-    def unturned(self) -> FakeFile:
-        file = super().unturned()
+    def afresh(self, look: nvdec.Look | None = None) -> FakeFile:
+        file = super().afresh(look)
         file.quirks = self.quirks
         return file
 
@@ -144,7 +147,8 @@ class FakeFile(nvdec.NvdecFile):
 
     def _video_stream(self, container: Any) -> av.VideoStream:
         stream = super()._video_stream(container)
-        self._nvdec.left = self.quirks.get("breaks_at")
+        assert self._surfaces is not None
+        self._surfaces.decoder.left = self.quirks.get("breaks_at")
         return stream
 
     def _frame(self, picture: Any, index: int, pts_seconds: float) -> Any:
@@ -173,3 +177,18 @@ def fake_file(path: Path, number: int = 0, **quirks: Any) -> FakeFile:
     file = FakeFile(path, look, device=CPU, source=number)
     file.quirks = quirks
     return file
+
+
+def fake_open(path: Path, **quirks: Any) -> Any:
+    """As `open_source` where there is a GPU, in whatever process."""
+    nvdec._library = lambda: FakeLibrary()
+    source = open_source(path, gpu=CPU)
+    return fake_file(path, **quirks) if isinstance(source, nvdec.NvdecFile) else source
+
+
+class FakeNetwork(Network):
+    """Brings its library along to the process that unpickles it."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nvdec._library = lambda: FakeLibrary()
+        self.__dict__.update(state)

@@ -49,6 +49,7 @@ class Batcher:
         self._slots: dict[int, _Slot] = {}
         self._changed = threading.Condition()
         self._ready = self._turn = 0
+        self._wanted = 1  # frames that make whoever waits in `take` come back
         self._first_ready = 0.0
         self._closed = False
 
@@ -76,8 +77,10 @@ class Batcher:
             else:
                 self._first_ready = self._first_ready if self._ready else now
                 self._ready += 1
+                # Whoever takes is woken for the first frame of a batch and for its last, not for each.
+                if self._ready == 1 or self._ready >= self._wanted:
+                    self._changed.notify()
             slot.frame, slot.offered = frame, now
-            self._changed.notify()
 
     @property
     def waiting(self) -> int:
@@ -101,7 +104,10 @@ class Batcher:
             if not self._changed.wait_for(lambda: self._ready or self._closed, timeout):
                 return []
             # While nobody took anything, a frame may have waited for others long enough already.
-            while not self._closed and self._ready < min(self._size, self._present()):
+            while not self._closed:
+                self._wanted = min(self._size, self._present())
+                if self._ready >= self._wanted:
+                    break
                 rest = self._first_ready + self._max_wait - self._clock()
                 if rest <= 0 or not self._changed.wait(rest):
                     break

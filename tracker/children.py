@@ -57,6 +57,14 @@ class Child:
         """Its next answer, waiting for it; None where there will be none."""
         return wire.read(self._answers)
 
+    def finish(self) -> None:
+        """Close its input, which ends it once it has said all."""
+        self._requests.close()
+
+    def kill(self) -> None:
+        """End one that hangs."""
+        self._process.kill()
+
     def dismiss(self) -> None:
         """Close both pipes, which ends it."""
         self._requests.close()

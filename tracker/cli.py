@@ -110,7 +110,8 @@ def _parser() -> argparse.ArgumentParser:
         "--decoders",
         type=int,
         metavar="N",
-        help="processes in which NVDEC's files are decoded, 0 for none (default: one per four from three on)",
+        help="processes in which NVDEC decodes, 0 for none (default, from three sources on: one per four "
+        "files or eight live streams)",
     )
     live = parser.add_argument_group("live sources").add_argument
     live("--live", action="store_true", help="sources are live (implied by rtsp://… and the like)")

@@ -24,6 +24,7 @@ from tracker.crew_worker import Duty
 from tracker.errors import ConfigError, SinkError, TrackerError
 from tracker.latency import Ages
 from tracker.pipeline import LivePipeline
+from tracker.runtimes.onnx import usable_cores
 from tracker.session import LiveOptions, Options, Run, Session
 from tracker.sinks import SUFFIXES, check_kinds, open_sinks
 from tracker.sinks.publish import LinePublisher, Listener, Mqtt, standard_output
@@ -31,6 +32,8 @@ from tracker.sinks.push import RtspPush
 from tracker.sinks.rotating import RotatingSink, Rotation
 from tracker.sources import LiveSource, connect_to
 from tracker.sources.live import FALLBACK_RATE, State
+from tracker.sources.live_decoders import LiveDecoders, processes_for
+from tracker.sources.shared_memory import sharing_problem
 from tracker.streams import LiveStream, Streams
 from tracker.summary import write_live_summary
 from tracker.types import Frame, Sink, Tracks
@@ -58,7 +61,8 @@ class LiveSession(Run):
 
     tell: given a line of text for people, in the iterating thread, when a stream is lost or back, and when
     something cannot be delivered.
-    beat: when the loop last turned, by `time.monotonic`.
+    beat: when the loop last turned, by `time.monotonic`. decoders: processes that read and decode what NVDEC
+    can decode. decoding_problem: why there are none where they would pay.
     Raises TrackerError on entering for an engine, option or address that cannot be used, and while iterating
     for an engine that keeps failing.
     """
@@ -88,12 +92,15 @@ class LiveSession(Run):
         self._summary_due = 0.0
         self._problems: dict[str, str] = {}
         self._read_seconds = 0.0
+        self.decoding_problem: str | None = None
+        self._told_decoders: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             options = self.options
             self._epoch = time.monotonic()
             self._open_frontend(stack)
+            self._decoders = stack.enter_context(LiveDecoders(0))
             on_cpu = self.frontend.device.type == "cpu"
             size = self.live.max_batch or (1 if on_cpu else self.frontend.max_batch)
             self._batcher = Batcher(min(size, self.frontend.max_batch), self.live.max_wait_ms / 1000)
@@ -114,10 +121,30 @@ class LiveSession(Run):
                 tick=self._tick,
             )
             stack.push(self._close_streams)
+            self._want_decoders(len(options.sources))
             for source in options.sources:
                 self.streams.add(source)
             self._stack = stack.pop_all()
         return self
+
+    @property
+    def decoders(self) -> int:
+        return self._decoders.processes
+
+    def _want_decoders(self, streams: int) -> None:
+        """As many processes as pay for so many; never fewer than before."""
+        gpu = self._gpu()
+        if gpu is None or self.options.decode == "cpu" or self.decoding_problem is not None:
+            return
+        wanted = self.options.decoders
+        if wanted is None:
+            wanted = processes_for(streams, usable_cores())
+            if wanted and not self._decoders.processes:
+                self.decoding_problem = sharing_problem(gpu)
+            if self.decoding_problem is not None:
+                self.note(f"streams are decoded in the main process, because {self.decoding_problem}")
+                return
+        self._decoders.processes = max(wanted, self._decoders.processes)
 
     def stop(self) -> None:
         """From any thread or signal handler: finish the frames under way, then end."""
@@ -174,6 +201,7 @@ class LiveSession(Run):
 
     def _open(self, spec: str, name: str, number: int, trusted: bool) -> LiveStream:
         """A stream, not started yet. Called under the lock of `streams`, from any thread."""
+        self._want_decoders(self.streams.count + 1)
         wished, address, connect = connect_to(
             spec,
             self.live.source_settings(),
@@ -183,6 +211,7 @@ class LiveSession(Run):
             loop=self.live.loop,
             gpu=self._gpu(),
             decode=self.options.decode,
+            decoders=self._decoders,
         )
         name = name or wished
         stem, again = name, 1
@@ -220,10 +249,18 @@ class LiveSession(Run):
 
     def _changed(self, source: LiveSource) -> None:
         """In the source's thread."""
+        if source.state is State.LIVE:
+            self._tell_decoder(source)
         if source.reason:
             self._news.append(f"{source.name} is {source.state.value}: {redacted(source.reason)}")
         elif source.state is State.LIVE and source.reconnects:
             self._news.append(f"{source.name} is live again")
+
+    def _tell_decoder(self, source: LiveSource) -> None:
+        """Once, where it is not what one would expect."""
+        known, self._told_decoders[source.name] = self._told_decoders.get(source.name), source.decoder
+        if source.decoder != known and source.decoder.startswith("CPU, because"):
+            self._news.append(f"{source.name} is decoded on the {redacted(source.decoder)}")
 
     def _admit(self, frame: Frame) -> bool:
         stream = self.streams.numbered(frame.source)
@@ -283,6 +320,7 @@ class LiveSession(Run):
         """With one that was removed."""
         self._known.discard(stream.number)
         self._crew.remove(stream.number)
+        self._told_decoders.pop(stream.name, None)
         self._left += stream.tracked_frames
         self._read_seconds += stream.source.decode_seconds
         self._close(stream, complete=True)
@@ -323,6 +361,7 @@ class LiveSession(Run):
                 wall_seconds=self.wall_seconds,
                 stages=self.stages(),
                 workers=self.workers,
+                decoders=self.decoders,
                 ages_ms=asdict(self.ages.quantiles()),
                 engine=self.engine_words(),
                 tracker={} if stream.config is None else self.tracker_words(stream.config),

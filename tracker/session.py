@@ -103,7 +103,8 @@ class Options:
     workers: processes that associate, beside this one: at most one per source, 0 for none. None is a quarter
     of the cores where several sources share a GPU, and 0 on a CPU, whose cores the engine needs.
     decoders: processes in which NVDEC's files are decoded: at most one per file, 0 for none. None is one for
-    four files where there are three or more, and at most a quarter of the cores.
+    four files where there are three or more, and at most a quarter of the cores. Live streams: one for eight
+    where there are three or more; they are read there, too.
     decode: where videos are decoded, "auto", "cpu" or "gpu": see `open_source`.
     settings: fields of the tracker's config (`JdeConfig`, `ByteConfig`) to change.
     live: how to read sources that are live, and to publish what is seen there; None for a run of files.

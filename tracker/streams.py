@@ -202,6 +202,10 @@ class Streams:
             stream.start(self._batcher)
             return stream.name
 
+    @property
+    def count(self) -> int:
+        return len(self._streams)
+
     def taken(self, name: str) -> bool:
         """Only for `open`, which is called under the lock."""
         return any(stream.name == name for stream in self._streams.values())

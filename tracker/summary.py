@@ -107,14 +107,15 @@ def write_live_summary(
     wall_seconds: float,
     stages: list[Stage],
     workers: int,
+    decoders: int,
     ages_ms: Mapping[str, float],
     engine: Mapping[str, Any],
     tracker: Mapping[str, Any],
 ) -> Path:
     """Write `<stem>.summary.json` of a live stream, under its partial name unless complete. Raises SinkError.
 
-    status: `streams.Status` as JSON. wall_seconds, stages, workers, ages_ms: of the whole run, over all its
-    streams.
+    status: `streams.Status` as JSON. wall_seconds, stages, workers, decoders, ages_ms: of the whole run, over
+    all its streams.
     """
     frames = {**asdict(counts), "tracked": status["frames"]["tracked"]}
     frames["dropped"] = sum(status["dropped"].values())
@@ -128,6 +129,7 @@ def write_live_summary(
             "age_ms": dict(ages_ms),
             "stages": {stage.name: stage.to_json() for stage in stages},
             "workers": workers,
+            "decoders": decoders,
         },
         "engine": dict(engine),
         "tracker": dict(tracker),

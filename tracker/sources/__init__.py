@@ -17,11 +17,12 @@ import torch
 
 from tracker.addresses import LIVE_SCHEMES, parse, scheme_of
 from tracker.errors import ConfigError, EngineError, SourceError
-from tracker.sources.connections import Connect, Network, Replay, Webcam
+from tracker.sources.connections import Connect, Network, Nvdec, Replay, Webcam
 from tracker.sources.file import VideoFile
 from tracker.sources.images import ImageFolder, is_image
 from tracker.sources.limits import MAX_PIXELS
 from tracker.sources.live import LiveSettings, LiveSource
+from tracker.sources.live_decoders import LiveDecoders, Remote
 from tracker.sources.nvdec import Look, NvdecFile, examine
 from tracker.types import Source
 
@@ -102,15 +103,21 @@ def connect_to(
     replay: bool = False,
     gpu: torch.device | None = None,
     decode: Decode = "auto",
+    decoders: LiveDecoders | None = None,
 ) -> tuple[str, str, Connect]:
     """A live source by its address: the name it should have, its address for people, and how to connect.
 
     trusted: False for addresses that strangers gave: network cameras only, and none on this machine or on
     link-local addresses unless allow_local. replay: files are allowed, replayed at their own pace, with loop
-    for ever.
+    for ever. gpu, decode: as for `open_source`. decoders: where NVDEC's sources are read and decoded, if not
+    in this process.
 
-    Raises ConfigError for an address that is not allowed here. Whether anybody answers, nobody knows yet.
+    Raises ConfigError for an address that is not allowed here, and for NVDEC without a GPU. Whether anybody
+    answers, nobody knows yet.
     """
+    if decode == "gpu" and gpu is None:
+        raise ConfigError("--decode gpu needs an engine that runs on a GPU: use --decode auto")
+    nvdec = Nvdec(None if decode == "cpu" else gpu, strict=decode == "gpu")
     scheme = scheme_of(spec)
     if scheme == "file" or scheme is None:
         if not (replay and trusted):
@@ -120,12 +127,19 @@ def connect_to(
         path = Path(spec.removeprefix("file://") if scheme else spec)
         if not path.exists():
             raise SourceError(f"{path}: no such file or directory")
-        opened: Callable[[], Source] = partial(open_source, path, gpu=gpu, decode=decode)
-        return path.stem, str(path), Replay(opened, loop=loop)
+        # Whether NVDEC must, `Replay` knows; images are the CPU's in any case.
+        pictures = path.is_dir() or is_image(path)
+        opened: Callable[[], Source] = partial(open_source, path, gpu=nvdec.device)
+        replayed = Replay(opened, loop=loop, nvdec=None if pictures else nvdec)
+        return path.stem, str(path), _placed(replayed, decoders)
     schemes = LIVE_SCHEMES if trusted else tuple(each for each in LIVE_SCHEMES if each != "webcam")
     address = parse(spec, schemes=schemes)
     if scheme == "webcam":
-        return address.name, address.shown, Webcam(address, max_pixels=settings.max_pixels)
+        if decode == "gpu":
+            raise ConfigError("OpenCV reads webcams, on the CPU: use --decode auto")
+        decoder = "CPU (OpenCV)" if nvdec.device is None else "CPU, because OpenCV reads webcams"
+        webcam = Webcam(address, max_pixels=settings.max_pixels, decoder=decoder)
+        return address.name, address.shown, webcam
     network = Network(
         address,
         rtsp_transport=settings.rtsp_transport,
@@ -134,6 +148,12 @@ def connect_to(
         verify_tls=settings.verify_tls,
         max_pixels=settings.max_pixels,
         allow_local=trusted or allow_local,
-        decoder="CPU" if gpu is None else "CPU, because NVDEC is for files in this version",
+        nvdec=nvdec,
     )
-    return address.name, address.shown, network
+    return address.name, address.shown, _placed(network, decoders)
+
+
+def _placed(connect: Network | Replay, decoders: LiveDecoders | None) -> Connect:
+    if decoders is None or not decoders.processes or connect.nvdec.device is None:
+        return connect
+    return Remote(connect, decoders)

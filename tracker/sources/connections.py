@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import av
 import cv2
 import numpy as np
+import torch
 from av.error import FFmpegError, HTTPForbiddenError, HTTPUnauthorizedError
 
 from tracker.addresses import Address, check_reach, redacted
 from tracker.errors import SourceError
 from tracker.sources.file import nominal_rate
 from tracker.sources.limits import check_size
-from tracker.sources.planes import image_of
+from tracker.sources.live_pictures import CpuPictures, NvdecPictures, UnfitError, frame_around
+from tracker.sources.nvdec import Look, NvdecFile
 from tracker.types import Frame, Image, Source
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ _WAITED_SECONDS = 0.002  # what lies in the socket already is there in microseco
 # A camera that sends packets and never a good picture is as gone as one that sends nothing. Key frames of
 # some come only every ten seconds.
 _BLIND_SECONDS = 30.0
+_LOSSY = "packets get lost over UDP, and NVDEC does not say which pictures suffer"
 
 
 class RefusedError(SourceError):
@@ -71,23 +74,38 @@ class Connect(Protocol):
     """Makes connections to one source. ends: whether its end is no fault. decoder: for people."""
 
     ends: bool
-    decoder: str
 
+    @property
+    def decoder(self) -> str: ...
     def __call__(self, stop: threading.Event) -> Generator[Arrival]:
         """Pictures until the connection breaks: with a SourceError, or in silence."""
         ...
 
 
-def _frame(image: Image) -> Frame:
-    height, width = image.planes[0].shape[:2]
-    return Frame(index=0, pts_seconds=0.0, size=(width, height), image=image)
+def _own(surface: torch.Tensor) -> torch.Tensor:
+    return surface.clone()
+
+
+class Nvdec:
+    """How a connection's pictures get onto a GPU.
+
+    device: None for pictures on the host. strict: raise `UnfitError` where NVDEC cannot decode them, instead
+    of decoding on the CPU. keep: see `Surfaces`. turning: whether pictures are put upright here, or later by
+    whoever knows `look`. look: once a picture has come.
+    """
+
+    def __init__(self, device: torch.device | None = None, *, strict: bool = False) -> None:
+        self.device, self.strict = device, strict
+        self.keep: Callable[[torch.Tensor], torch.Tensor] = _own
+        self.turning = True
+        self.look: Look | None = None
 
 
 class Network:
     """RTSP, RTSPS, or MJPEG and MPEG-TS over HTTP.
 
-    allow_local: whether loopback and link-local hosts may be reached. The other settings are those of
-    `live.LiveSettings`.
+    allow_local: whether loopback and link-local hosts may be reached. nvdec: where pictures are decoded. The
+    other settings are those of `live.LiveSettings`.
     """
 
     ends = False
@@ -102,19 +120,19 @@ class Network:
         verify_tls: bool,
         max_pixels: int,
         allow_local: bool = True,
-        decoder: str = "CPU",
+        nvdec: Nvdec | None = None,
     ) -> None:
-        self.decoder = decoder
+        self.nvdec = nvdec or Nvdec()
+        self.decoder = "CPU" if self.nvdec.device is None else "NVDEC"
         self._address, self._allow_local = address, allow_local
         self._timeout = (open_seconds, silence_seconds)
         self._max_pixels = max_pixels
-        limit = str(2 * max_pixels)  # FFmpeg counts padding
-        self._decoder_options = {"max_pixels": limit}
+        self._lossy = address.scheme == "rtsp" and rtsp_transport == "udp"
         self._options = {
             "protocol_whitelist": _PROTOCOLS[address.scheme],
             "timeout": str(round(open_seconds * 1_000_000)),
             "analyzeduration": "100000",
-            "max_pixels": limit,
+            "max_pixels": str(2 * max_pixels),  # FFmpeg counts padding
             "tls_verify": str(int(verify_tls)),
         }
         if address.scheme in ("rtsp", "rtsps"):
@@ -150,9 +168,7 @@ class Network:
             raise SourceError(f"{self._address}: no video that FFmpeg can decode in it")
         decoder = stream.codec_context
         check_size(self._address, decoder.width, decoder.height, self._max_pixels)
-        decoder.thread_type, decoder.thread_count = "NONE", 1  # each frame thread is a frame of delay
-        decoder.flags |= int(av.codec.context.Flags.low_delay)
-        decoder.options = self._decoder_options
+        decode = self._pictures(stream)
         rate, tick = nominal_rate(stream), float(stream.time_base or 0)
         backlog = _Backlog()
         seen = time.monotonic()
@@ -179,26 +195,38 @@ class Network:
             if backlog.drops(packet, None if ticks is None else ticks * tick, asked, received):
                 yield Arrival(frame=None, pts_seconds=None, received=received, dropped="late")
                 continue
-            for picture in self._decode(decoder, packet):
-                if picture is None or picture.is_corrupt or packet.is_corrupt:
+            for shown in decode(packet):
+                if shown is None:
                     yield Arrival(frame=None, pts_seconds=None, received=received)
                     continue
-                check_size(self._address, picture.width, picture.height, self._max_pixels)
                 seen = received
-                pts_seconds = None if picture.pts is None else picture.pts * tick
+                if isinstance(decode, NvdecPictures):
+                    self.nvdec.look = decode.look
+                    self.decoder = f"CPU, because {decode.unfit}" if decode.unfit else "NVDEC"
                 yield Arrival(
-                    frame=_frame(image_of(picture)),
-                    pts_seconds=pts_seconds,
+                    frame=shown.frame,
+                    pts_seconds=None if shown.pts is None else shown.pts * tick,
                     received=received,
                     frame_rate=rate,
                 )
 
-    def _decode(self, decoder: Any, packet: av.Packet[Any]) -> list[av.VideoFrame | None]:
-        try:
-            return list(decoder.decode(packet))
-        except FFmpegError:
-            check_size(self._address, decoder.width, decoder.height, self._max_pixels)
-            return [None]
+    def _pictures(self, stream: av.VideoStream) -> CpuPictures | NvdecPictures:
+        nvdec = self.nvdec
+        if nvdec.device is None or (self._lossy and not nvdec.strict):
+            if self._lossy and nvdec.device is not None:
+                self.decoder = f"CPU, because {_LOSSY}"
+            return CpuPictures(self._address, stream, self._max_pixels)
+        if self._lossy:
+            raise UnfitError(self._address, _LOSSY)
+        return NvdecPictures(
+            self._address,
+            stream,
+            self._max_pixels,
+            nvdec.device,
+            keep=nvdec.keep,
+            turning=nvdec.turning,
+            strict=nvdec.strict,
+        )
 
 
 class _Backlog:
@@ -229,9 +257,9 @@ class Webcam:
     """A camera of this machine, through OpenCV. One that hangs is noticed after OpenCV's own 10 s."""
 
     ends = False
-    decoder = "CPU (OpenCV)"
 
-    def __init__(self, address: Address, *, max_pixels: int) -> None:
+    def __init__(self, address: Address, *, max_pixels: int, decoder: str = "CPU (OpenCV)") -> None:
+        self.decoder = decoder
         self._address, self._max_pixels = address, max_pixels
 
     def __call__(self, stop: threading.Event) -> Generator[Arrival]:
@@ -256,7 +284,7 @@ class Webcam:
                 check_size(self._address, pixels.shape[1], pixels.shape[0], self._max_pixels)
                 image = Image(format="bgr", planes=(np.asarray(pixels, np.uint8),))
                 yield Arrival(
-                    frame=_frame(image),
+                    frame=frame_around(image),
                     pts_seconds=None,
                     received=time.monotonic(),
                     frame_rate=rate if 0 < rate <= 1000 else None,
@@ -270,22 +298,36 @@ class Replay:
 
     Each frame is decoded when it is due, not before, so that its age tells what a camera's would. A machine
     too slow for that skips to where the recording should be by now.
-    open: a fresh source. loop: start over at the end, for ever.
+    open: a fresh source, decoded as `nvdec` wants it where it can be. loop: start over at the end, for ever.
     """
 
     ends = True
 
-    def __init__(self, open: Callable[[], Source], *, loop: bool = False) -> None:
+    def __init__(self, open: Callable[[], Source], *, loop: bool = False, nvdec: Nvdec | None = None) -> None:
         self._open, self._loop = open, loop
-        self.decoder = "CPU"
+        self.nvdec = nvdec or Nvdec()
+        self.decoder = "CPU" if self.nvdec.device is None else "NVDEC"
 
     def __call__(self, stop: threading.Event) -> Generator[Arrival]:
+        source = self._open()
         while not stop.is_set():
-            with self._open() as source:
-                self.decoder = source.decoder
+            source = self._prepared(source)
+            with source:
                 yield from self._paced(source, stop)
             if not self._loop:
                 return
+            # What is known of a file need not be looked up again.
+            source = source.afresh(self.nvdec.look) if isinstance(source, NvdecFile) else self._open()
+
+    def _prepared(self, source: Source) -> Source:
+        nvdec, self.decoder = self.nvdec, source.decoder
+        if isinstance(source, NvdecFile):
+            nvdec.look = source.look
+            source = source if nvdec.turning else source.unturned()
+            source.keep = nvdec.keep
+        elif nvdec.device is not None and nvdec.strict:
+            raise UnfitError(source.name, source.decoder.removeprefix("CPU, because "))
+        return source
 
     def _paced(self, source: Source, stop: threading.Event) -> Generator[Arrival]:
         interval = 1 / source.frame_rate

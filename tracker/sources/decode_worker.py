@@ -84,7 +84,7 @@ class Back(NamedTuple):
     slots: list[int]
 
 
-class _LeavingError(BaseException):
+class LeavingError(BaseException):
     """Nobody wants pictures any more. Not an Exception: nothing on the way may take it for a fault."""
 
 
@@ -151,10 +151,10 @@ class Delivery:
                 for frame in file:
                     self._note(frame, perf_counter() - begun - self._waited)
                 self._tell(wait=True)
-        except _LeavingError:
+        except LeavingError:
             return
         except Exception as error:
-            failure = _explain(error, file)
+            failure = explained(error, f"{file.name}: ")
             with suppress(Exception):  # a device that failed has lost them
                 self._tell(wait=True)
         self._send(Ended(file.number, file.counts, perf_counter() - begun - self._waited, failure))
@@ -188,7 +188,7 @@ class Delivery:
         with self._changed:
             self._changed.wait_for(lambda: self._leaving or until())
             if self._leaving:
-                raise _LeavingError
+                raise LeavingError
         self._waited += perf_counter() - begun
 
     def _note(self, frame: Frame, seconds: float) -> None:
@@ -218,36 +218,42 @@ class Delivery:
             self._send(Pictures(file.number, done, file.frame_rate, file.counts.declared))
 
 
-def _explain(error: Exception, file: NvdecFile) -> TrackerError:
-    """The error in words, with its traceback as a note for those who debug."""
+def explained(error: Exception, source: str = "") -> TrackerError:
+    """The error in words, with its traceback as a note for those who debug. source: how they begin."""
     told: TrackerError
     if isinstance(error, TrackerError):
         told = error
     elif isinstance(error, MemoryError):
-        told = SourceError(f"{file.name}: the process that decodes it ran out of memory: track fewer at once")
+        told = SourceError(f"{source}the process that decodes it ran out of memory: track fewer at once")
     else:
         reason = f"{type(error).__name__}: {error}".rstrip(": ")
         told = SourceError(
-            f"{file.name}: the process that decodes it failed ({reason}): decode in this process "
+            f"{source}the process that decodes it failed ({reason}): decode in the main process "
             "(--decoders 0), and please report it if that goes well"
         )
     told.add_note("".join(traceback.format_exception(error)))
     return told
 
 
-def work() -> None:
-    """The whole life of a decoding process. Its first message: files."""
-    requests, answers = pipes_here()
-    torch.set_num_threads(1)
+def sender(answers: Any) -> Callable[[object], None]:
+    """What writes messages to a pipe, from any thread; raises LeavingError once nobody reads them."""
     telling = threading.Lock()
 
     def send(content: object) -> None:
         try:
             with telling:
                 wire.write(answers, content)
-        except BrokenPipeError:  # nobody wants to know any more
-            raise _LeavingError from None
+        except BrokenPipeError:
+            raise LeavingError from None
 
+    return send
+
+
+def work() -> None:
+    """The whole life of a decoding process. Its first message: files."""
+    requests, answers = pipes_here()
+    torch.set_num_threads(1)
+    send = sender(answers)
     message = wire.read(requests)
     files: list[NvdecFile] = [] if message is None else message[0]
     deliveries = {file.number: Delivery(file, send) for file in files}
@@ -268,7 +274,7 @@ def work() -> None:
 def _run(delivery: Delivery) -> None:
     try:
         delivery.run()
-    except _LeavingError:
+    except LeavingError:
         return
 
 

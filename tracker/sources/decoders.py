@@ -15,15 +15,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
-import torch
-from torch import Tensor
-
 from tracker.children import Child
 from tracker.errors import EngineError, SourceError, TrackerError
-from tracker.sources.decode_worker import Back, Ended, Loan, Picture, Pictures, Wanted
+from tracker.sources.decode_worker import Ended, Picture, Pictures, Wanted
 from tracker.sources.nvdec import NvdecFile, frame_of, upright
 from tracker.sources.planes import Turn
-from tracker.sources.shared_memory import Allocate, DeviceMemory, Memory
+from tracker.sources.ring import Ring
+from tracker.sources.shared_memory import Allocate, DeviceMemory
 from tracker.types import Frame, FrameCounts, Source
 
 # Up to this many files, threads of the main process decode as fast.
@@ -39,7 +37,6 @@ CORES_PER_DECODER = 4
 SLOTS, FEWEST_SLOTS = 32, 8
 BYTES_PER_FILE = 128 << 20
 AHEAD = 8
-_ALIGNMENT = 256  # of every slot, as CUDA's own of memory
 
 
 def processes_for(files: int, cores: int) -> int:
@@ -136,8 +133,7 @@ class _Process:
 class RemoteFile:
     """One file that a process decodes: a `Source` that decodes ahead by itself. For one thread at a time.
 
-    A frame's planes lie where the process put them. The place is used again when the last tensor of it dies;
-    who keeps frames for long gets copies, so that decoding goes on.
+    A frame's planes lie where the process put them: see `Ring`.
 
     seconds: spent decoding so far.
     Raises what `NvdecFile` does, and SourceError where the process dies, after all good frames.
@@ -150,13 +146,18 @@ class RemoteFile:
         self.frame_rate = file.frame_rate
         self.seconds = 0.0
         self._file, self._process = file, process
-        self._allocate = allocate or partial(DeviceMemory, device=file.device)
-        self._loans: list[_Lent] = []  # the last one is in use; what lies in earlier ones may still be read
+        self._ring = Ring(
+            file.number,
+            allocate or partial(DeviceMemory, device=file.device),
+            process.send,
+            slots=SLOTS,
+            fewest=FEWEST_SLOTS,
+            budget=BYTES_PER_FILE,
+            ahead=AHEAD,
+        )
         self._arrived: deque[Picture] = deque()
         self._end: Ended | None = None
         self._first: Frame | None = None
-        self._copying: deque[tuple[torch.cuda.Event | None, Tensor]] = deque()
-        self._stream: torch.cuda.Stream | None = None
 
     def __enter__(self) -> Self:
         self._first = self._next()
@@ -193,18 +194,17 @@ class RemoteFile:
 
     def forget(self) -> None:
         """The memory, which nobody writes to any more: frames that are kept keep it."""
-        self._loans.clear()
-        self._copying.clear()
+        self._ring.forget()
 
     def _next(self) -> Frame | None:
-        self._settle_copies(wait=False)
+        self._ring.settle(wait=False)
         while not self._arrived:
             if self._end is not None:
                 self._finish(self._end)
                 return None
             # The process must have places left, or both would wait.
-            self._settle_copies(wait=True)
-            self._give_back()
+            self._ring.settle(wait=True)
+            self._ring.give_back()
             self._process.receive()
         picture = self._arrived.popleft()
         self.counts.corrupt, self.counts.missing = picture.corrupt, picture.missing
@@ -218,12 +218,8 @@ class RemoteFile:
             raise end.failure
 
     def _frame(self, picture: Picture) -> Frame:
-        lent = next(lent for lent in reversed(self._loans) if lent.first <= picture.slot)
-        nv12 = lent.tensor(picture)
-        self._give_back()
-        turn, ready = self._file.look.turn, None
-        if turn != Turn() or lent.out > lent.most:
-            nv12, ready = self._copy(nv12)
+        turn = self._file.look.turn
+        nv12, ready = self._ring.take(picture.slot, picture.rows, picture.width, copied=turn != Turn())
         return frame_of(
             upright(nv12, turn),
             self._file.look,
@@ -233,81 +229,8 @@ class RemoteFile:
             ready=ready,
         )
 
-    def _copy(self, nv12: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-        """A copy with a life of its own; the original's place is free once that is made."""
-        if self._stream is None and nv12.device.type == "cuda":
-            self._stream = torch.cuda.Stream(nv12.device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._stream):
-            copy = nv12.clone()
-        made = self._stream.record_event() if self._stream else None
-        self._copying.append((made, nv12))
-        return copy, made
-
-    def _settle_copies(self, *, wait: bool) -> None:
-        while self._copying:
-            made, _ = self._copying[0]
-            if made is not None and not made.query():  # type: ignore[no-untyped-call]
-                if not wait:
-                    return
-                made.synchronize()
-            self._copying.popleft()
-
     def _lend(self, picture_bytes: int) -> None:
-        """Memory for pictures of that size; it grows fast, so that a file cannot ask again and again."""
-        had = self._loans[-1] if self._loans else None
-        slot_bytes = picture_bytes if had is None else max(picture_bytes, 2 * had.slot_bytes)
-        slot_bytes += -slot_bytes % _ALIGNMENT
-        slots = max(FEWEST_SLOTS, min(SLOTS, BYTES_PER_FILE // slot_bytes))
         try:
-            memory = self._allocate(slots * slot_bytes)
-            address = memory.address
+            self._ring.lend(picture_bytes)
         except EngineError as error:
             self.hear_of(SourceError(f"{self.name}: {error}: decode in this process (--decoders 0)"))
-            return
-        first = 0 if had is None else had.first + had.slots
-        self._loans.append(_Lent(memory, slot_bytes, first, slots))
-        self._process.send(Loan(self._file.number, address, slot_bytes, first, slots))
-
-    def _give_back(self) -> None:
-        """Several places at once, while there are enough: a message costs more than a picture."""
-        if not self._loans:
-            return
-        lent = self._loans[-1]
-        if len(lent.returned) >= (1 if lent.out > lent.most else AHEAD):
-            self._process.send(Back(self._file.number, lent.take_returned()))
-
-
-class _Lent:
-    """Memory that a process puts pictures into: slots of slot_bytes, numbered from `first`.
-
-    out: slots that the process has filled and not got back. most: so many may be read at leisure.
-    returned: numbers of slots whose tensors died, in whatever thread.
-    """
-
-    def __init__(self, memory: Memory, slot_bytes: int, first: int, slots: int) -> None:
-        self.slot_bytes, self.first, self.slots = slot_bytes, first, slots
-        self.out, self.most = 0, slots - min(AHEAD, slots // 2)
-        self.returned: deque[int] = deque()
-        self._memory = memory
-
-    def tensor(self, picture: Picture) -> Tensor:
-        self.out += 1
-        start = (picture.slot - self.first) * self.slot_bytes
-        return self._memory.tensor(start, (picture.rows, picture.width), _Stay(self.returned, picture.slot))
-
-    def take_returned(self) -> list[int]:
-        numbers = [self.returned.popleft() for _ in range(len(self.returned))]
-        self.out -= len(numbers)
-        return numbers
-
-
-class _Stay:
-    """A picture's stay in a slot: kept by the storage of its tensors, over with it."""
-
-    __slots__ = ("_number", "_returned")
-
-    def __init__(self, returned: deque[int], number: int) -> None:
-        self._returned, self._number = returned, number
-
-    def __del__(self) -> None:
-        self._returned.append(self._number)

@@ -20,6 +20,7 @@ from tracker.errors import ConfigError, SourceError
 from tracker.sources.connections import Arrival, Connect, RefusedError
 from tracker.sources.limits import MAX_PIXELS
 from tracker.sources.live_clock import LiveClock
+from tracker.sources.live_pictures import UnfitError
 from tracker.types import Frame, FrameCounts
 
 FALLBACK_RATE = 30.0
@@ -95,7 +96,7 @@ class LiveSource:
     Frames are numbered as they come, damaged ones included; their time is that of `LiveClock`, in seconds
     since `epoch` (of `time.monotonic`). Iteration ends when a source that has an end is over, or after
     `stop`, within the time that connecting or silence may take. It raises SourceError after
-    max_reconnects; max_frames ends it, too.
+    max_reconnects, and where NVDEC is a must and cannot decode it; max_frames ends it, too.
 
     state, reason: what it is doing, and the last fault in words. faults, reconnects: lost connections, and
     successful ones after the first. dropped: frames by reason. jumps: of the source's own clock.
@@ -114,7 +115,7 @@ class LiveSource:
         epoch: float | None = None,
         on_change: Callable[[LiveSource], None] = lambda source: None,
     ) -> None:
-        self.name, self.decoder = name, connect.decoder
+        self.name = name
         self.counts = FrameCounts()
         self.size = (0, 0)
         self.frame_rate = FALLBACK_RATE
@@ -143,6 +144,11 @@ class LiveSource:
         self._stop.set()
 
     @property
+    def decoder(self) -> str:
+        """For people, what decodes and why it is that; a new connection may change it."""
+        return self._connect.decoder
+
+    @property
     def jumps(self) -> int:
         return self._clock.jumps
 
@@ -155,6 +161,9 @@ class LiveSource:
                 if self._connect.ends or self._stop.is_set() or self._enough():
                     break
                 reason = "the stream ended"
+            except UnfitError as error:
+                self._become(State.FAILED, str(error))
+                raise SourceError(f"{self.name}: {error}") from None
             except RefusedError as error:
                 reason, patience = str(error), MOST_DELAY_SECONDS
             except SourceError as error:

@@ -1,4 +1,4 @@
-"""Video files decoded by NVDEC: their pictures stay on the GPU, as the decoder wrote them (NV12).
+"""What NVDEC decodes, files above all: pictures stay on the GPU, as the decoder wrote them (NV12).
 
 Knows PyNvVideoCodec. Containers, time stamps and what a file promises are those of `VideoFile`, whose packets
 it feeds to the decoder: its own demuxer says less about damage.
@@ -56,8 +56,16 @@ def examine(path: str | Path, device: torch.device, *, max_pixels: int = MAX_PIX
 
     Raises EngineError where PyNvVideoCodec is not installed or finds no driver, SourceError as `VideoFile`.
     """
-    nvc = _library()
+    _library()
     picture, codec, container = VideoFile(path, max_pixels=max_pixels).first_picture()
+    if container == "avi" and codec in _CODECS:
+        return "AVI files hold no presentation times"
+    return look_at(picture, codec, device)
+
+
+def look_at(picture: av.VideoFrame, codec: str, device: torch.device) -> Look | str:
+    """As `examine`, of a stream's first picture, decoded on the CPU, and FFmpeg's name of its codec."""
+    nvc = _library()
     width, height = picture.width, picture.height
     if codec not in _CODECS:
         return f"its codec is {codec}"
@@ -65,8 +73,6 @@ def examine(path: str | Path, device: torch.device, *, max_pixels: int = MAX_PIX
         return f"its pixels are {picture.format.name}"
     if picture.interlaced_frame:
         return "it is interlaced"
-    if container == "avi":
-        return "AVI files hold no presentation times"
     if width % 2 or height % 2:
         return f"its size is odd, {width}×{height}"
     caps = nvc.GetDecoderCaps(device.index or 0, getattr(nvc.cudaVideoCodec, _CODECS[codec][0]))
@@ -90,6 +96,64 @@ class _Surface:
     duration: int
     is_corrupt: bool = False  # NVDEC hides damage inside a picture and does not tell
     interlaced_frame: bool = False
+
+
+class Surfaces:
+    """NVDEC: packets of one stream in, decoded pictures out.
+
+    codec: FFmpeg's name. keep: makes of a surface, which the decoder will write over, a tensor that stays.
+    cuda_stream: what the decoder works in; be in it whenever this is iterated. low_delay: each picture comes
+    out with its own packet, for streams without B-frames only; otherwise one packet later at least.
+    repeat_headers: before each key frame, where the container says them only once.
+    """
+
+    def __init__(
+        self,
+        stream: av.VideoStream,
+        codec: str,
+        device: torch.device,
+        cuda_stream: torch.cuda.Stream | None,
+        keep: Callable[[Tensor], Tensor],
+        *,
+        low_delay: bool = False,
+        repeat_headers: bool = False,
+    ) -> None:
+        nvc, (name, bitstream_filter) = _library(), _CODECS[codec]
+        latency = {"latency": nvc.DisplayDecodeLatencyType.LOW} if low_delay else {}
+        self.decoder = nvc.CreateDecoder(
+            gpuid=device.index or 0,
+            codec=getattr(nvc.cudaVideoCodec, name),
+            cudastream=cuda_stream.cuda_stream if cuda_stream else 0,
+            usedevicememory=True,
+            **latency,
+        )
+        self._keep = keep
+        self._piece = nvc.PacketData()
+        if low_delay:  # else the parser waits for the next packet to see that this picture is whole
+            self._piece.decode_flag = int(nvc.VideoPacketFlag.ENDOFPICTURE)
+        filters = [bitstream_filter] if bitstream_filter else []
+        if repeat_headers:
+            filters.append("dump_extra")
+        self._annex_b = BitStreamFilterContext(",".join(filters), stream) if filters else None
+
+    def __call__(
+        self, packet: av.Packet[Any] | None, stamp: int | None = None
+    ) -> Iterator[tuple[Tensor, int]]:
+        """What a packet completes, each with the number that came in with its own packet: `stamp`, else its
+        presentation time, or 0. None drains the decoder.
+        """
+        packets: list[av.Packet[Any] | None] = [packet]
+        if self._annex_b is not None:
+            packets = [*self._annex_b.filter(packet), *([None] if packet is None else [])]
+        piece = self._piece
+        for each in packets:
+            if each is not None:
+                piece.bsl, piece.bsl_data = each.size, each.buffer_ptr
+                piece.pts = (each.pts or 0) if stamp is None else stamp
+            else:
+                piece.bsl = piece.bsl_data = piece.pts = 0
+            for picture in self.decoder.Decode(piece):
+                yield self._keep(from_dlpack(picture)), int(picture.timestamp)
 
 
 class NvdecFile(VideoFile):
@@ -116,9 +180,7 @@ class NvdecFile(VideoFile):
         self.look, self.device, self.number = look, device, source
         self.keep: Callable[[Tensor], Tensor] = torch.clone
         self._stream: torch.cuda.Stream | None = None
-        self._nvdec: Any = None
-        self._piece: Any = None
-        self._annex_b: BitStreamFilterContext | None = None
+        self._surfaces: Surfaces | None = None
         self._times: dict[int, tuple[int | None, int]] = {}  # pts → dts and duration of packets under way
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -126,7 +188,11 @@ class NvdecFile(VideoFile):
 
     def unturned(self) -> Self:
         """The same, not entered, with its surfaces as they lie."""
-        return self._made(replace(self.look, turn=Turn()))()
+        return self.afresh(replace(self.look, turn=Turn()))
+
+    def afresh(self, look: Look | None = None) -> Self:
+        """The same, not entered."""
+        return self._made(look or self.look)()
 
     def _made(self, look: Look) -> Callable[[], Self]:
         return partial(
@@ -152,41 +218,21 @@ class NvdecFile(VideoFile):
         try:
             yield from super()._read()
         finally:
-            self._nvdec = self._annex_b = None
+            self._surfaces = None
             self._times.clear()
 
     def _video_stream(self, container: InputContainer) -> av.VideoStream:
         stream = super()._video_stream(container)
-        nvc, (name, bitstream_filter) = _library(), _CODECS[self.look.codec]
-        self._nvdec = nvc.CreateDecoder(
-            gpuid=self.device.index or 0,
-            codec=getattr(nvc.cudaVideoCodec, name),
-            cudastream=self._stream.cuda_stream if self._stream else 0,
-            usedevicememory=True,
-        )
-        self._piece = nvc.PacketData()
-        self._annex_b = BitStreamFilterContext(bitstream_filter, stream) if bitstream_filter else None
+        self._surfaces = Surfaces(stream, self.look.codec, self.device, self._stream, self.keep)
         return stream
 
     def _decode(self, stream: av.VideoStream, packet: av.Packet[Any] | None, ledger: Ledger) -> Iterator[Any]:
         if packet is not None and packet.pts is not None:
             self._times[packet.pts] = packet.dts, packet.duration or 0
-        packets: list[av.Packet[Any] | None] = [packet]
-        if self._annex_b is not None:
-            packets = [*self._annex_b.filter(packet), *([None] if packet is None else [])]
-        for each in packets:
-            yield from self._feed(each)
-
-    def _feed(self, packet: av.Packet[Any] | None) -> Iterator[_Surface]:
-        """A stretch of the stream in, what that completes out; None drains the decoder."""
-        piece = self._piece
-        if packet is not None:
-            piece.bsl, piece.bsl_data, piece.pts = packet.size, packet.buffer_ptr, packet.pts or 0
-        else:
-            piece.bsl = piece.bsl_data = piece.pts = 0
+        assert self._surfaces is not None
         try:
-            for picture in self._nvdec.Decode(piece):
-                yield self._surface(picture)
+            for nv12, pts in self._surfaces(packet):
+                yield self._surface(nv12, pts)
         except TrackerError:
             raise
         except Exception as error:  # its own classes, derived from nothing narrower
@@ -195,10 +241,8 @@ class NvdecFile(VideoFile):
                 "CPU with --decode cpu"
             ) from error
 
-    def _surface(self, picture: Any) -> _Surface:
-        nv12 = self.keep(from_dlpack(picture))
+    def _surface(self, nv12: Tensor, pts: int) -> _Surface:
         rows, width = nv12.shape
-        pts = int(picture.timestamp)
         dts, duration = self._times.pop(pts, (pts, 0))
         return _Surface(nv12, width, rows * 2 // 3, pts, dts, duration)
 
