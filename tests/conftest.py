@@ -54,6 +54,18 @@ def tensorrt(gpu: torch.device) -> ModuleType:
     return tensorrt
 
 
+@pytest.fixture(scope="session")
+def rtx() -> ModuleType:
+    """TensorRT-RTX, or skip: its libraries exist for few platforms."""
+    from tracker.errors import EngineError
+    from tracker.runtimes.trt import trt_module
+
+    try:
+        return trt_module("tensorrt_rtx")
+    except EngineError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """torch on one thread: for small networks more cost more than they save, above all on a busy machine."""

@@ -44,15 +44,6 @@ RTX = BuildConfig(builder="tensorrt_rtx")
 
 
 @pytest.fixture(scope="module")
-def rtx() -> Any:
-    """TensorRT-RTX, or skip: its libraries exist for few platforms."""
-    try:
-        return trt_module("tensorrt_rtx")
-    except EngineError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
 def frames() -> list[Frame]:
     return generated_frames((162, 90), count=1)
 

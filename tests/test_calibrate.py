@@ -46,7 +46,6 @@ from tracker.errors import ConfigError, EngineError, SourceError
 from tracker.frontends.preprocess import Preprocessor
 from tracker.models.fairmot import FairMOTConfig, random_fairmot
 from tracker.pixels import to_bgr
-from tracker.runtimes.trt import trt_module
 from tracker.sources import open_source
 from tracker.types import Detections
 
@@ -59,15 +58,6 @@ DEMO, CLIP, TRUTH = (
     ROOT / "videos" / "demo_gt.txt",
 )
 RTX = BuildConfig(builder="tensorrt_rtx")
-
-
-@pytest.fixture(scope="module")
-def rtx() -> Any:
-    """TensorRT-RTX, or skip: its libraries exist for few platforms."""
-    try:
-        return trt_module("tensorrt_rtx")
-    except EngineError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

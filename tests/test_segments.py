@@ -38,22 +38,12 @@ from tracker.models.deform import DeformConv, deform_conv2d
 from tracker.models.fairmot import FairMOTConfig, random_fairmot
 from tracker.runtimes.onnx import OnnxRuntime
 from tracker.runtimes.segments import MAGIC, Deform, Segments, SegmentsRuntime, in_segments, pack, unpack
-from tracker.runtimes.trt import trt_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parent.parent
 RTX = BuildConfig(builder="tensorrt_rtx")
 HALF = TensorProto.FLOAT16
-
-
-@pytest.fixture(scope="module")
-def rtx() -> Any:
-    """TensorRT-RTX, or skip: its libraries exist for few platforms."""
-    try:
-        return trt_module("tensorrt_rtx")
-    except EngineError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,6 @@ from tracker.errors import ConfigError, EngineError
 from tracker.graphs import Graphs
 from tracker.manifest import Manifest
 from tracker.runtimes.tensorrt import Engine, TensorRTRuntime, library_of, split_metadata
-from tracker.runtimes.trt import trt_module
 
 CPU = torch.device("cpu")
 EXAMPLE = Path(__file__).resolve().parent.parent / "engines" / "fairmot_demo.onnx.json"
@@ -330,14 +329,6 @@ def rtx_plan(rtx: Any) -> bytes:
     profile.set_shape("x", (1, 3, 8, 8), (2, 3, 8, 8), (4, 3, 8, 8))
     config.add_optimization_profile(profile)
     return bytes(builder.build_serialized_network(network, config))
-
-
-@pytest.fixture(scope="module")
-def rtx() -> Any:
-    try:
-        return trt_module("tensorrt_rtx")
-    except EngineError as error:
-        pytest.skip(str(error))
 
 
 def test_a_real_plan_names_its_library(rtx: Any) -> None:

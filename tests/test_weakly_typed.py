@@ -24,21 +24,11 @@ from tracker.deploy.quantise import Quantiser
 from tracker.deploy.refusals import left_out, quantised_near
 from tracker.deploy.weakly_typed import adapted, scales_in_fp32
 from tracker.errors import EngineError
-from tracker.runtimes.trt import trt_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DEMO = Path(__file__).resolve().parent.parent / "engines" / "fairmot_demo.onnx"
 RTX = BuildConfig(builder="tensorrt_rtx")
-
-
-@pytest.fixture(scope="module")
-def rtx() -> Any:
-    """TensorRT-RTX, or skip: its libraries exist for few platforms."""
-    try:
-        return trt_module("tensorrt_rtx")
-    except EngineError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,8 @@ if sys.argv[1:2] == ["association"]:  # the others run as users run them
 
 from tracker import benchmark, contenders, engine_times, overhead
 from tracker import manifest as manifests
-from tracker.errors import ConfigError, SinkError, TrackerError
+from tracker.errors import ConfigError, TrackerError
+from tracker.json_file import write_json
 from tracker.session import options_from
 
 if TYPE_CHECKING:
@@ -308,13 +309,6 @@ def where() -> str:
 
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     return f"{gpu}{benchmark.environment()['cpu']}, {os.cpu_count()} cores"
-
-
-def write_json(path: Path, content: object) -> None:
-    try:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise SinkError(f"cannot write {path}: {error.strerror}; choose another place with --json") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

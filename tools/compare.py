@@ -12,15 +12,15 @@ Exit codes: 0 compared, 1 an error, 2 wrong usage, 3 compared and beyond --fail-
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from tracker.errors import SinkError, TrackerError
+from tracker.errors import TrackerError
 from tracker.evaluation import Benchmark
+from tracker.json_file import write_json
 
 if TYPE_CHECKING:
     from tracker.deploy.parity.compare import Step
@@ -168,13 +168,6 @@ def _shown() -> Iterator[Step]:
         yield lambda what, share: bar.update(
             task, description=what, total=None if share is None else 1.0, completed=share or 0.0
         )
-
-
-def write_json(path: Path, content: object) -> None:
-    try:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise SinkError(f"cannot write {path}: {error.strerror}; choose another place with --json") from error
 
 
 if __name__ == "__main__":

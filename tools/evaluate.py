@@ -9,14 +9,14 @@ evaluate.py --format mots --gt … --results …    masks: sMOTSA and MOTSA in M
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from tracker.errors import SinkError, TrackerError
+from tracker.errors import TrackerError
 from tracker.evaluation import Benchmark, Format, evaluate, find_pairs
+from tracker.json_file import write_json
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,13 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"evaluate: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def write_json(path: Path, content: object) -> None:
-    try:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise SinkError(f"cannot write {path}: {error.strerror}; choose another place with --json") from error
 
 
 if __name__ == "__main__":

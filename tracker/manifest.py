@@ -30,6 +30,10 @@ Batch = tuple[int, int, int]  # least, usual (what it is tuned for), greatest im
 Triple = tuple[float, float, float]
 T = TypeVar("T")
 
+# Of red, green and blue in 0–255: torchvision's 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225.
+IMAGENET_MEAN: Triple = (123.675, 116.28, 103.53)
+IMAGENET_STD: Triple = (58.395, 57.12, 57.375)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Input:

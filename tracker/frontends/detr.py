@@ -14,6 +14,7 @@ from tracker.frontends.dense import DenseDetector
 from tracker.frontends.geometry import centred
 from tracker.frontends.lanes import Outputs
 from tracker.frontends.layout import Layout, Raw, Size, Spec
+from tracker.manifest import IMAGENET_MEAN, IMAGENET_STD
 
 # COCO's category ids, which number DETR's outputs: of 0 to 90, eleven belong to no class.
 _UNUSED = (0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
@@ -59,8 +60,8 @@ DETR = Spec(
         ),
     },
     nms_iou=1.0,
-    mean=(123.675, 116.28, 103.53),
-    std=(58.395, 57.12, 57.375),
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
     resize="stretch",
     interpolation="area",
     names=COCO_IDS,

@@ -43,7 +43,7 @@ from tracker.frontends.regions import STRIDES, anchors, levels_of, refined, roi_
 from tracker.kernels import nms as kernels
 from tracker.kernels.best import MAX_LIMIT
 from tracker.kernels.roi_align import roi_align as roi_align_kernel
-from tracker.manifest import Input, Manifest, Precision
+from tracker.manifest import IMAGENET_MEAN, IMAGENET_STD, Input, Manifest, Precision
 from tracker.masks import MaskCrops
 from tracker.types import Detections, EngineLane, LaneRuntime, Runtime
 
@@ -126,7 +126,6 @@ class MaskRcnn(Detector):
                 "export it with tools/export.py"
             )
         name, size = input_of(runtime, size)
-        mean = (123.675, 116.28, 103.53)
         return Manifest(
             frontend="maskrcnn",
             input=Input(
@@ -134,10 +133,10 @@ class MaskRcnn(Detector):
                 size=size,
                 layout="NCHW",
                 colour="rgb",
-                mean=mean,
-                std=(58.395, 57.12, 57.375),
+                mean=IMAGENET_MEAN,
+                std=IMAGENET_STD,
                 resize="corner_rounded",
-                pad=mean,  # mmdet pads with zeros what is normalised already
+                pad=IMAGENET_MEAN,  # mmdet pads with zeros what is normalised already
             ),
             outputs={role: role for role in TRUNK},
             names=names,

@@ -9,6 +9,7 @@ from tracker.frontends.finished import END_TO_END
 from tracker.frontends.geometry import binned_sides, corners
 from tracker.frontends.lanes import Outputs
 from tracker.frontends.layout import Layout, Raw, Size, Spec
+from tracker.manifest import IMAGENET_MEAN, IMAGENET_STD
 
 BINS = 17  # distances 0 to 16 strides, reg_max of the official head
 
@@ -54,6 +55,6 @@ class Ppyoloe(DenseDetector):
         PPYOLOE_PLUS,
         name="ppyoloe",
         title="PP-YOLOE",
-        mean=(123.675, 116.28, 103.53),
-        std=(58.395, 57.12, 57.375),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
     )

@@ -7,6 +7,7 @@ from tracker.frontends.finished import DETS, END_TO_END
 from tracker.frontends.geometry import sides
 from tracker.frontends.lanes import Outputs
 from tracker.frontends.layout import Layout, Raw, Size, Spec
+from tracker.manifest import IMAGENET_MEAN, IMAGENET_STD
 
 
 def _linear(outputs: Outputs, size: Size) -> Raw:
@@ -39,8 +40,8 @@ RTMDET = Spec(
     layouts={"linear": LINEAR, "exponential": EXPONENTIAL, "end2end": END_TO_END, "dets": DETS},
     nms_iou=0.65,
     colour="bgr",
-    mean=(103.53, 116.28, 123.675),
-    std=(57.375, 57.12, 58.395),
+    mean=IMAGENET_MEAN[::-1],
+    std=IMAGENET_STD[::-1],
     resize="corner_rounded",
 )
 

@@ -37,7 +37,7 @@ from tracker.frontends.detector import (
 from tracker.frontends.lanes import Answer, Outputs, Packed
 from tracker.frontends.mask_upsampling import upsampled
 from tracker.frontends.matrix_nms import matrix_nms
-from tracker.manifest import Input, Manifest, Precision
+from tracker.manifest import IMAGENET_MEAN, IMAGENET_STD, Input, Manifest, Precision
 from tracker.masks import MaskBits
 from tracker.types import Detections, Runtime
 
@@ -46,7 +46,6 @@ LEAST_AREAS = (8, 8, 16, 32, 32)  # cells of "seg" that a mask must exceed, by l
 CELLS = sum(side * side for side in GRIDS)
 STRIDE = 4  # of "seg"
 SCORES = ("cate_logits", "cate")
-_MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,10 +117,10 @@ class Solov2(Detector):
                 size=size,
                 layout="NCHW",
                 colour="rgb",
-                mean=_MEAN,
-                std=_STD,
+                mean=IMAGENET_MEAN,
+                std=IMAGENET_STD,
                 resize="corner_rounded",
-                pad=_MEAN,
+                pad=IMAGENET_MEAN,
             ),
             outputs={role: role for role in roles},
             names=names,

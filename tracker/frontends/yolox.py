@@ -36,7 +36,7 @@ from tracker.frontends.detector import (
 from tracker.frontends.lanes import Outputs, Packed
 from tracker.frontends.nms import nms, strongest
 from tracker.kernels.nms import decode_yolox
-from tracker.manifest import Input, Manifest, Precision
+from tracker.manifest import IMAGENET_MEAN, IMAGENET_STD, Input, Manifest, Precision
 from tracker.types import Detections, Runtime
 
 STRIDES = (8, 16, 32)
@@ -107,8 +107,8 @@ class Yolox(Detector):
                 size=size,
                 layout="NCHW",
                 colour="rgb" if legacy else "bgr",
-                mean=(123.675, 116.28, 103.53) if legacy else (0.0, 0.0, 0.0),
-                std=(58.395, 57.12, 57.375) if legacy else (1.0, 1.0, 1.0),
+                mean=IMAGENET_MEAN if legacy else (0.0, 0.0, 0.0),
+                std=IMAGENET_STD if legacy else (1.0, 1.0, 1.0),
                 resize="corner",
                 pad=114.0,
             ),

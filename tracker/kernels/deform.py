@@ -231,7 +231,7 @@ def _parts(offset: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Offsets and masks, each by itself."""
     if not _together(offset, mask):
         return offset, mask
-    return offset[:, : 2 * TAPS], offset[:, 2 * TAPS : 3 * TAPS]
+    return offset[:, : 2 * TAPS], mask[:, 2 * TAPS : 3 * TAPS]
 
 
 def _together(offset: Tensor, mask: Tensor) -> bool:

@@ -35,9 +35,7 @@ class PartsRuntime(TensorRTRuntime):
         lanes: int | None = None,
         bindings: Any = None,
     ) -> None:
-        content = read_engine(path)
-        if manifest is not None:
-            manifest.verify(path, content)
+        content = read_engine(path, manifest)
         (_, first), *others = unpack(content, str(path)).items()
         super().__init__(
             path, device=device, manifest=manifest, lanes=lanes, bindings=bindings, content=first

@@ -109,9 +109,7 @@ class SegmentsRuntime(LaneRuntime):
     ) -> None:
         super().__init__(LANES if lanes is None else lanes)
         self.device = resolve(device, cpu=False) if bindings is None else torch.device(device)
-        content = read_engine(path)
-        if manifest is not None:
-            manifest.verify(path, content)
+        content = read_engine(path, manifest)
         segments = unpack(content, str(path))
         trt = bindings or trt_module(segments.library)
         if manifest is not None:

@@ -74,9 +74,7 @@ class TensorRTRuntime(LaneRuntime):
         super().__init__(LANES if lanes is None else lanes)
         self.device = resolve(device, cpu=False) if bindings is None else torch.device(device)
         if content is None:
-            content = read_engine(path)
-            if manifest is not None:
-                manifest.verify(path, content)
+            content = read_engine(path, manifest)
         self.metadata, plan = split_metadata(content)
         said = None if manifest is None else manifest.builder
         trt = bindings or trt_module(said or library_of(plan))
@@ -343,12 +341,15 @@ def library_of(plan: memoryview) -> TrtName:
     return "tensorrt_rtx" if plan[:4] == _RTX_MAGIC else "tensorrt"
 
 
-def read_engine(path: Path) -> bytes:
-    """What the file holds. Raises EngineError where it cannot be read."""
+def read_engine(path: Path, manifest: Manifest | None) -> bytes:
+    """What the file holds, seen to be the manifest's where there is one. Raises EngineError."""
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise EngineError(f"cannot read {path}: {error.strerror}") from error
+    if manifest is not None:
+        manifest.verify(path, content)
+    return content
 
 
 def check_origin(path: Path, manifest: Manifest, trt: Any, device: torch.device) -> None:

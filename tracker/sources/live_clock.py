@@ -32,12 +32,6 @@ class LiveClock:
         """The next presentation time is of another clock."""
         self._offset = None
 
-    def lateness(self, pts_seconds: float | None, arrival: float) -> float:
-        """How much later this arrives than the first of its connection did, in seconds; 0 if none can say."""
-        if pts_seconds is None or self._offset is None:
-            return 0.0
-        return arrival - (pts_seconds + self._offset)
-
     def time_of(self, pts_seconds: float | None, arrival: float, interval: float) -> float:
         """arrival: seconds on our own clock. interval: to be expected between pictures."""
         since, self._last_arrival = arrival - self._last_arrival, arrival
