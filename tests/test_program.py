@@ -17,7 +17,6 @@ from conftest import ROOT
 from torch import Tensor, nn
 
 from tracker import manifest as manifests
-from tracker.deploy import program
 from tracker.deploy.export import frames_of, generated_frames
 from tracker.deploy.program import ProgramConfig, check, export_program
 from tracker.engine import open_engine
@@ -215,7 +214,6 @@ print(manifest.precision, front.max_batch, [name for name in sys.modules if "tra
         ({"size": (100, 64)}, "size is 100×64; both sides must be multiples of 32"),
         ({"batch": 0}, "batch is 0; it must be at least 1, or dynamic"),
         ({"precision": "int8"}, "precision is 'int8'; a .pt2 file has fp32 or fp16"),
-        ({"autotune": True}, "--autotune is for what is compiled here: add --compiled"),
         ({"names": ("person", "car")}, "the network has 1 classes, 2 are named"),
     ],
     ids=str,
@@ -233,23 +231,6 @@ def test_places_that_are_none(tmp_path: Path, model: FairMOT, frames: list[Frame
     (tmp_path / "file").touch()
     with pytest.raises(SinkError, match="cannot write"):
         export_program(model, tmp_path / "file" / "a.pt2", ProgramConfig(size=SIZE), frames)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU to compile for")
-def test_nothing_to_compile_for(tmp_path: Path, model: FairMOT, frames: list[Frame]) -> None:
-    with pytest.raises(EngineError, match="torch sees none: leave out --compiled, or run on a machine with"):
-        export_program(model, tmp_path / "a.pt2", ProgramConfig(size=SIZE, compiled=True), frames)
-
-
-def test_a_compiler_that_gives_up_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(given: object, path: Path) -> None:
-        raise RuntimeError("g++: not found\nset TORCH_LOGS for more")
-
-    monkeypatch.setattr(program, "package", broken)
-    with pytest.raises(
-        EngineError, match=r"cannot compile the network \(g\+\+: not found\): it needs Triton"
-    ):
-        program.compile_package(None, tmp_path / "a.pt2")
 
 
 def test_weights_that_overflow_in_fp16_leave_the_old_file(tmp_path: Path, frames: list[Frame]) -> None:
@@ -295,7 +276,6 @@ class TestTool:
         [
             ("a.pt2", "--raw", "--raw is not for .pt2 files: leave it out"),
             ("a.pt2", "--lower-deform", "--lower-deform is not for .pt2 files"),
-            ("a.onnx", "--compiled", "--compiled is not for .onnx files"),
             ("a.onnx", "--precision=fp16", "--precision is not for .onnx files"),
         ],
     )
@@ -314,20 +294,6 @@ class TestTool:
 
 
 @pytest.mark.filterwarnings("default")  # torch's compiler warns about what it does
-@pytest.mark.parametrize("batch", [1, None])
-def test_on_a_gpu_packages_answer_as_the_network(
-    tmp_path: Path, gpu: torch.device, model: FairMOT, frames: list[Frame], batch: int | None
-) -> None:
-    path = tmp_path / "a.pt2"
-    done = export_program(model, path, ProgramConfig(size=SIZE, batch=batch, compiled=True), frames)
-    assert max(done.errors.values()) < 5e-3
-    front, _ = open_engine(path, conf=1e-3)
-    found = front.submit(frames[:1]).result()
-    front.close()
-    assert len(found[0]) > 10
-
-
-@pytest.mark.filterwarnings("default")
 def test_on_a_gpu_programs_made_without_one_are_compiled_and_captured(
     gpu: torch.device, written: dict[str, Path], model: FairMOT
 ) -> None:

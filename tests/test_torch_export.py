@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import shutil
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from tracker.engine import describe, open_engine
 from tracker.errors import ConfigError, EngineError
 from tracker.graphs import Graphs
 from tracker.models.fairmot import FairMOT, FairMOTConfig, random_fairmot
-from tracker.runtimes.torch_export import TorchExportRuntime, package, signature_of
+from tracker.runtimes.torch_export import TorchExportRuntime
 from tracker.types import Frame
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,6 +120,13 @@ class Summed(nn.Module):
         return {"y": x.sum(0)}
 
 
+def packaged(path: Path) -> None:
+    """As AOTInductor lays out what it compiled."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data/aotinductor/model/x.wrapper_metadata.json", '{"AOTI_DEVICE_KEY": "cpu"}')
+        archive.writestr("a/data/aotinductor/model/x.wrapper.so", b"code")
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -128,6 +134,7 @@ class Summed(nn.Module):
         (lambda path: saved(path, Summed(), torch.rand(2, 3)), "differ in their first dimension"),
         (lambda path: path.write_text("no archive"), r"is no \.pt2 file or is cut short: export or copy"),
         (lambda path: torch.save({"x": torch.ones(1)}, path), "holds no network exported by torch"),
+        (packaged, r"is a package compiled by AOTInductor; only .*: write one with tools/export\.py"),
         (lambda path: path.mkdir(), "cannot read"),
     ],
 )
@@ -257,49 +264,6 @@ def test_what_programs_hold_by_name_is_known_where_they_are_opened() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def packaged(path: Path, **metadata: str | None) -> Path:
-    """What `package` writes, but for the compiled code: that takes up to a minute (and is tried on GPUs)."""
-    program = exported(Affine(), torch.rand(2, 3))
-    said = {"AOTI_DEVICE_KEY": "cpu", "tracker": signature_of(program, "a").to_json(), **metadata}
-    with zipfile.ZipFile(path, "w") as archive:
-        known = {key: value for key, value in said.items() if value is not None}
-        archive.writestr("a/data/aotinductor/model/x.wrapper_metadata.json", json.dumps(known))
-        archive.writestr("a/data/aotinductor/model/x.wrapper.so", b"code")
-    return path
-
-
-def test_a_package_says_what_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path, **options: Affine())
-    runtime = TorchExportRuntime(packaged(tmp_path / "a.pt2"), device="cpu", trusted=True)
-    assert runtime.inputs == {"x": (None, 3)}
-    assert runtime.outputs == {"double": (None, 3), "sum": (None,)}
-    assert runtime.description == f"AOTInductor, torch {torch.__version__} on cpu"
-    x = torch.rand(3, 3)
-    torch.testing.assert_close(runtime.run({"x": x}), {"double": 2 * x, "sum": x.sum(1)})
-    with pytest.raises(EngineError, match="input x needs shape"):  # itself it would read beyond the end
-        runtime.run({"x": torch.rand(3, 2)})
-
-
-@pytest.mark.parametrize(
-    ("metadata", "words"),
-    [
-        ({"AOTI_DEVICE_KEY": "cuda"}, "was compiled for cuda, not for cpu: choose --device"),
-        ({"tracker": None}, "does not say what it takes"),
-    ],
-)
-def test_a_package_for_another_device_or_of_another_maker(
-    tmp_path: Path, metadata: dict[str, str | None], words: str
-) -> None:
-    with pytest.raises(EngineError, match=words):
-        TorchExportRuntime(packaged(tmp_path / "a.pt2", **metadata), device="cpu", trusted=True)
-
-
-def test_a_package_with_damaged_code(tmp_path: Path) -> None:
-    runtime = TorchExportRuntime(packaged(tmp_path / "a.pt2"), device="cpu", trusted=True)
-    with pytest.raises(EngineError, match=r"cannot load .*a\.pt2 with torch"):
-        runtime.lane()
-
-
 @pytest.mark.parametrize("device", ["gpu", "cuda:x"])
 def test_a_device_that_is_none(affine: Path, device: str) -> None:
     with pytest.raises(ConfigError, match="it must be auto, cpu, cuda or cuda:N"):
@@ -322,18 +286,6 @@ def test_on_a_gpu_programs_are_compiled_and_captured(affine: Path, gpu: torch.de
         torch.testing.assert_close(graphs(count), {"double": 2 * x, "sum": x.sum(1)})
     assert graphs.problem is None
     assert runtime.problems == ()
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # the compiler's own
-def test_on_a_gpu_packages_are_compiled_and_captured(tmp_path: Path, gpu: torch.device) -> None:
-    program = exported(Affine().to(gpu), torch.rand(2, 3, device=gpu))
-    lane = TorchExportRuntime(package(program, tmp_path / "a.pt2"), trusted=True).lane()
-    graphs = Graphs(lane.enqueue, gpu)
-    for count in (4, 1, 3, 4):
-        x = torch.rand(count, 3, device=gpu)
-        lane.inputs["x"][:count] = x
-        torch.testing.assert_close(graphs(count), {"double": 2 * x, "sum": x.sum(1)})
-    assert graphs.problem is None
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(affine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

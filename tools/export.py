@@ -4,11 +4,11 @@
 export.py fairmot --weights fairmot_dla34.pth --out engines/fairmot.onnx
 export.py fairmot --weights fairmot_dla34.pth --out engines/fairmot.onnx --size 480x864 --verify video.mp4
 export.py fairmot --weights fairmot_dla34.pth --out engines/fairmot.pt2 --batch dynamic
-export.py fairmot --weights engines/fairmot.onnx --out engines/fairmot.pt2 --batch 8 --compiled
+export.py fairmot --weights engines/fairmot.onnx --out engines/fairmot.pt2 --batch 8
 export.py rtmdet-m --weights rtmdet_m_8xb32-300e_coco.pth --out engines/rtmdet_m.onnx --batch dynamic
 
 An .onnx file is for ONNX Runtime and for tools/build.py. A .pt2 file is for GPUs without TensorRT: a program
-that opens anywhere, or with --compiled one for the GPU of this machine, which needs no compiler later.
+that opens anywhere.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from tracker.models.fairmot import FairMOT
 
 OFFICIAL_SIZE = (1088, 608)
-_OF_PROGRAMS = ("precision", "compiled", "autotune")  # options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,14 +66,6 @@ def parser() -> argparse.ArgumentParser:
         "--raw", action="store_true", help="leave sigmoid and peak test to the front end (.pt2 files do)"
     )
     parser.add_argument("--precision", choices=("fp32", "fp16"), help="of a .pt2 file (default: fp16)")
-    parser.add_argument(
-        "--compiled",
-        action="store_true",
-        help="a .pt2 file compiled by AOTInductor for the GPU of this machine",
-    )
-    parser.add_argument(
-        "--autotune", action="store_true", help="with --compiled: try more kernels, for minutes"
-    )
     parser.add_argument(
         "--lower-deform",
         action="store_true",
@@ -134,11 +125,11 @@ def _export(options: argparse.Namespace) -> None:
     from tracker.deploy.graph import Lowering
     from tracker.deploy.program import ProgramConfig, export_program
 
-    compiling = [f"--{name}" for name in _OF_PROGRAMS if getattr(options, name)]
-    writing = [f"--{name.replace('_', '-')}" for name in ("raw", "lower_deform") if getattr(options, name)]
     program = options.out.suffix == ".pt2"
-    for name in writing if program else compiling:
-        raise ConfigError(f"{name} is not for {options.out.suffix or 'such'} files: leave it out")
+    for name in ("raw", "lower_deform") if program else ("precision",):
+        if getattr(options, name):
+            option, files = name.replace("_", "-"), options.out.suffix or "such"
+            raise ConfigError(f"--{option} is not for {files} files: leave it out")
     model, source = _network_of(options)
     size = options.size or (source.input.size if source else OFFICIAL_SIZE)
     names = tuple(options.names.split(",")) if options.names else source.names if source else ("person",)
@@ -148,8 +139,6 @@ def _export(options: argparse.Namespace) -> None:
         settings = ProgramConfig(
             **shape,
             precision=options.precision or "fp16",
-            compiled=options.compiled,
-            autotune=options.autotune,
             dense_upsampling=not options.depthwise_upsampling,
         )
         done = export_program(
@@ -174,7 +163,7 @@ def _export_detector(options: argparse.Namespace) -> None:
     from tracker.models.zoo import load_detector, network_of, random_detector
 
     network, _ = network_of(options.model)
-    for name in ("network", "raw", "lower_deform", "depthwise_upsampling", *_OF_PROGRAMS):
+    for name in ("network", "raw", "lower_deform", "depthwise_upsampling", "precision"):
         if getattr(options, name):
             raise ConfigError(f"--{name.replace('_', '-')} is for fairmot: leave it out")
     if options.out.suffix != ".onnx":

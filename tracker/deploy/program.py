@@ -1,7 +1,6 @@
 """FairMOT as a .pt2 file, for GPUs without TensorRT, seen to answer as the network does, with its manifest.
 
-A program (torch.export) opens anywhere. A package (AOTInductor) is compiled here, for this machine's GPU, and
-needs no compiler where it runs. What they compute, `models.deployed` says; who runs them is
+A program of torch.export, which opens anywhere. What it computes, `models.deployed` says; who runs it is
 `runtimes.torch_export`.
 """
 
@@ -9,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +20,9 @@ from tracker import manifest as manifests
 from tracker.deploy.export import Export, check_names, check_shape, inputs_of, unfinished
 from tracker.errors import ConfigError, EngineError
 from tracker.frontends.fairmot import Fairmot
-from tracker.graphs import first_line
 from tracker.models.deployed import Deployed, relative_errors
 from tracker.models.fairmot import FairMOT
-from tracker.runtimes.torch_export import TorchExportRuntime, package
+from tracker.runtimes.torch_export import TorchExportRuntime
 from tracker.types import Frame
 
 Floats = Literal["fp32", "fp16"]
@@ -41,24 +38,19 @@ class ProgramConfig:
     """What to write.
 
     size: (width, height) of the input. batch: images per run, None for 1 to MOST. names: of the classes.
-    compiled: a package for this machine's GPU instead of a program. autotune: try more kernels while it is
-    compiled, for minutes. dense_upsampling: see `deploy.graph.Lowering`.
+    dense_upsampling: see `deploy.graph.Lowering`.
     """
 
     size: tuple[int, int] = (1088, 608)
     batch: int | None = 1
     names: tuple[str, ...] = ("person",)
     precision: Floats = "fp16"
-    compiled: bool = False
-    autotune: bool = False
     dense_upsampling: bool = True
 
     def __post_init__(self) -> None:
         check_shape(self.size, self.batch)
         if self.precision not in get_args(Floats):
             raise ConfigError(f"precision is {self.precision!r}; a .pt2 file has {' or '.join(_TYPES)}")
-        if self.autotune and not self.compiled:
-            raise ConfigError("--autotune is for what is compiled here: add --compiled")
 
 
 @torch.no_grad()
@@ -74,26 +66,16 @@ def export_program(
     with those of the network in FP32; on a GPU where torch sees one.
 
     onnx_sha256: of the ONNX file that the weights come from, where they do.
-    Raises ConfigError where names or suffix do not fit, EngineError where there is no GPU to compile for or
-    the file answers otherwise, SinkError where nothing can be written. Then no file is left and an old one
-    stays.
+    Raises ConfigError where names or suffix do not fit, EngineError where the file answers otherwise,
+    SinkError where nothing can be written. Then no file is left and an old one stays.
     """
     if out.suffix != ".pt2":
         raise ConfigError(f"{out} is no name for a torch program: end it in .pt2")
     check_names(config.names, model)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    if config.compiled and device.type != "cuda":
-        raise EngineError(
-            "AOTInductor compiles on the GPU it compiles for, and torch sees none: leave out --compiled, or "
-            "run on a machine with one"
-        )
     begun = perf_counter()
     with unfinished(out) as file:
-        program = exported(model, config, device if config.compiled else torch.device("cpu"))
-        if config.compiled:
-            compile_package(program, file, autotune=config.autotune)
-        else:
-            torch.export.save(program, file)
+        torch.export.save(exported(model, config), file)
         written = perf_counter()
         found = manifests.sha256(file)
         runtime = TorchExportRuntime(file, device=device, trusted=True, lanes=1, compiled=False)
@@ -119,11 +101,11 @@ def export_program(
     )
 
 
-def exported(model: FairMOT, config: ProgramConfig, device: torch.device) -> Any:
-    """The network's torch.export.ExportedProgram, traced on this device."""
-    network = Deployed(model, _TYPES[config.precision], dense_upsampling=config.dense_upsampling).to(device)
+def exported(model: FairMOT, config: ProgramConfig) -> Any:
+    """The network's torch.export.ExportedProgram, traced on a CPU."""
+    network = Deployed(model, _TYPES[config.precision], dense_upsampling=config.dense_upsampling).cpu()
     width, height = config.size
-    example = torch.zeros(config.batch or 2, 3, height, width, dtype=network.dtype, device=device)
+    example = torch.zeros(config.batch or 2, 3, height, width, dtype=network.dtype)
     batch = torch.export.Dim("batch", min=1, max=MOST)
     return torch.export.export(
         network,
@@ -141,16 +123,3 @@ def check(errors: Mapping[str, float], precision: Floats) -> None:
                 f"{TOLERANCES[precision]:.1%}: nothing was written. Weights that overflow do this; try "
                 "--precision fp32"
             )
-
-
-def compile_package(program: Any, path: Path, *, autotune: bool = False) -> None:
-    """Compile a program for the GPU it lies on. Raises EngineError where that does not work."""
-    try:
-        with torch._inductor.config.patch(max_autotune=autotune), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its words are for its own makers
-            package(program, path)
-    except Exception as error:  # the compilers' own classes, derived from nothing narrower
-        raise EngineError(
-            f"AOTInductor of torch {torch.__version__} cannot compile the network ({first_line(error)}): it "
-            "needs Triton and a C++ compiler such as g++ on this machine; or leave out --compiled"
-        ) from error

@@ -1,4 +1,4 @@
-"""Triton programs as operators of torch's library: torch.compile and AOTInductor see through one to its
+"""Triton programs as operators of torch's library: torch.compile sees through one to its
 kernels, torch.export keeps it by name, CUDA graphs capture it.
 """
 

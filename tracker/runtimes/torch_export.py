@@ -1,16 +1,11 @@
-"""`.pt2` files: networks as torch exported or compiled them, for GPUs without TensorRT, and for the CPU.
+"""`.pt2` files: programs of torch.export, for GPUs without TensorRT, and for the CPU.
 
-Two kinds, told apart by what the archive holds:
+A program runs on any device, as it is on a CPU. On CUDA torch.compile makes kernels of it when a batch size
+first comes (seconds, kept on disk by torch), which needs Triton and a C compiler on that machine.
 
-    a program    of torch.export: runs on any device, as it is on a CPU; on CUDA torch.compile makes kernels
-                 of it when a batch size first comes (seconds, kept on disk by torch), which needs Triton and
-                 a C compiler on that machine
-    a package    of AOTInductor, made of a program by `package`: compiled beforehand for one device, ready at
-                 once, no compiler needed
-
-Both are code. Loading a program unpickles (torch.export's own warning) and evaluates expressions in it, a
-package is a shared library: there is no safe way to open one from somebody else. So a file is only opened
-when its manifest's hash says that it is the one its user described, or on the user's own word.
+It is code. Loading it unpickles (torch.export's own warning) and evaluates expressions in it: there is no
+safe way to open one from somebody else. So a file is only opened when its manifest's hash says that it is the
+one its user described, or on the user's own word.
 
 The network's forward takes tensors by position, the batch first in each, and returns a dict of tensors by
 name, the batch first. Knows nothing of images or boxes.
@@ -19,14 +14,13 @@ name, the batch first. Knows nothing of images or boxes.
 from __future__ import annotations
 
 import io
-import json
 import logging
 import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +36,6 @@ from tracker.runtimes.lanes import LaneRuntime, Shape, capturing, check_batch, o
 
 LANES = 2  # on CUDA, see `TensorRTRuntime`; a program on a CPU takes all its cores
 MOST = 8  # images at once where a program sets no limit
-_KEY = "tracker"  # of our own in a package's metadata
 _EXPORT = "export it again with this torch, or use the .onnx file"
 
 Call = Callable[..., Mapping[str, Tensor]]
@@ -79,19 +72,6 @@ class Signature:
         least, most = self.batch
         return {name: (most if least == most else None, *spec.row) for name, spec in side.items()}
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Signature:
-        raw = json.loads(text)
-        inputs, outputs = (
-            {name: TensorSpec(**{**spec, "row": tuple(spec["row"])}) for name, spec in raw[side].items()}
-            for side in ("inputs", "outputs")
-        )
-        least, most = raw["batch"]
-        return cls(inputs, outputs, (least, most))
-
 
 class TorchExportRuntime(LaneRuntime):
     """One `.pt2` file, loaded. Attributes and `run`: see `LaneRuntime`.
@@ -100,7 +80,8 @@ class TorchExportRuntime(LaneRuntime):
     file without a manifest all the same, on the caller's word. compiled: whether torch.compile makes kernels
     of a program; None is on CUDA only. Where it cannot, the program runs as it is, and `description` says so.
 
-    Raises EngineError for a file that is not the manifest's, or not for this torch or this device.
+    Raises EngineError for a file that is not the manifest's, or no program, or not for this torch or this
+    device.
     """
 
     def __init__(
@@ -117,16 +98,10 @@ class TorchExportRuntime(LaneRuntime):
         by_default = LANES if self.device.type == "cuda" else 1
         super().__init__(by_default if lanes is None else lanes)
         content = _content(path, manifest, trusted)
-        self._path = path
-        self._program: _Program | None = None
-        if _is_package(path, content):
-            self.signature = _signature_of_package(path, content, self.device)
-            self.library = f"AOTInductor, torch {torch.__version__}"
-        else:
-            loaded = _load_program(path, content, self.device)
-            self.signature = signature_of(loaded, str(path))
-            self._program = _Program(loaded, self.device.type == "cuda" if compiled is None else compiled)
-            self.library = f"torch.export, torch {torch.__version__}"
+        loaded = _load(path, content, self.device)
+        self.signature = signature_of(loaded, str(path))
+        self._program = _Program(loaded, self.device.type == "cuda" if compiled is None else compiled)
+        self.library = f"torch.export, torch {torch.__version__}"
         self.inputs = self.signature.shapes(self.signature.inputs)
         self.outputs = self.signature.shapes(self.signature.outputs)
         both = {**self.signature.inputs, **self.signature.outputs}
@@ -135,12 +110,12 @@ class TorchExportRuntime(LaneRuntime):
 
     @property
     def problems(self) -> tuple[str, ...]:
-        problem = None if self._program is None else self._program.problem
+        problem = self._program.problem
         return (*super().problems, *((f"not compiled: {problem}",) if problem else ()))
 
     def lane(self) -> TorchLane:
-        """Buffers of its own; of a program the weights are shared, a package is loaded once for each lane."""
-        return TorchLane(self._program or _load_package(self._path, self.device), self.signature, self.device)
+        """Buffers of its own; the weights are shared."""
+        return TorchLane(self._program, self.signature, self.device)
 
 
 class TorchLane:
@@ -250,17 +225,6 @@ def signature_of(program: Any, name: str) -> Signature:
     )
 
 
-def package(program: Any, path: Path) -> Path:
-    """Compile an exported program for the device it lies on and write it to `path`.
-
-    Takes up to minutes, and a C++ compiler.
-    """
-    signature = signature_of(program, str(path))
-    options = {"aot_inductor.metadata": {_KEY: signature.to_json()}}
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
-    return path
-
-
 def _spec(value: Tensor) -> TensorSpec:
     last = value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last)
     dtype = str(value.dtype).removeprefix("torch.")
@@ -290,23 +254,26 @@ def _content(path: Path, manifest: Manifest | None, trusted: bool) -> bytes:
     return content
 
 
-def _is_package(path: Path, content: bytes) -> bool:
-    """Whether it is one of AOTInductor's; EngineError where it is neither kind."""
+def _check(path: Path, content: bytes) -> None:
+    """Raise EngineError for what is no program, before torch opens it."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             inside = [name.partition("/")[2] for name in archive.namelist()]
     except zipfile.BadZipFile as error:
         raise EngineError(f"{path} is no .pt2 file or is cut short: export or copy it again") from error
     if any(name.startswith("data/aotinductor/") for name in inside):
-        return True
+        raise EngineError(
+            f"{path} is a package compiled by AOTInductor; only programs of torch.export are run: write one "
+            "with tools/export.py"
+        )
     if not any(name.startswith("models/") for name in inside):
         raise EngineError(f"{path} holds no network exported by torch ≥ 2.8: {_EXPORT}")
-    return False
 
 
-def _load_program(path: Path, content: bytes, device: torch.device) -> Any:
+def _load(path: Path, content: bytes, device: torch.device) -> Any:
     from torch.export.passes import move_to_device_pass
 
+    _check(path, content)
     logger, swallowed = logging.getLogger(torch.export.__name__), _Swallowed()
     logger.addFilter(swallowed)
     try:
@@ -344,36 +311,3 @@ def _cannot_load(path: Path, error: BaseException) -> EngineError:
         error = error.__cause__
     reason = first_line(error).partition(". ")[0]
     return EngineError(f"cannot load {path} with torch {torch.__version__}: {reason}; {_EXPORT}")
-
-
-def _signature_of_package(path: Path, content: bytes, device: torch.device) -> Signature:
-    """From its metadata, after a look at what it was compiled for. Raises EngineError."""
-    metadata: dict[str, str] = {}
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        for name in archive.namelist():
-            if name.endswith("metadata.json"):
-                metadata |= json.loads(archive.read(name))
-    if _KEY not in metadata:
-        raise EngineError(f"{path} does not say what it takes: make it with tracker's own export")
-    made_for = metadata.get("AOTI_DEVICE_KEY", device.type)
-    if made_for != device.type:
-        raise EngineError(f"{path} was compiled for {made_for}, not for {device.type}: choose --device")
-    if device.type == "cuda":
-        sm, here = metadata.get("AOTI_COMPUTE_CAPABILITY"), torch.cuda.get_device_capability(device)
-        if sm and sm != "{}{}".format(*here):
-            raise EngineError(
-                f"{path} was compiled for sm_{sm}, this GPU ({torch.cuda.get_device_name(device)}) is "
-                f"sm_{here[0]}{here[1]}: export it again on this machine"
-            )
-    return Signature.from_json(metadata[_KEY])
-
-
-def _load_package(path: Path, device: torch.device) -> Call:
-    """With a copy of the weights: only a package loaded for one thread can be captured in CUDA graphs."""
-    try:
-        call: Call = torch._inductor.aoti_load_package(
-            str(path), run_single_threaded=True, device_index=device.index if device.index is not None else -1
-        )
-    except Exception as error:  # torch raises of every kind here
-        raise _cannot_load(path, error) from error
-    return call

@@ -32,7 +32,6 @@ from tracker.models.checkpoint import load_fairmot
 from tracker.models.fairmot import MULTIPLE, FairMOT, FairMOTConfig
 from tracker.runtimes.lanes import LaneRuntime, resolve
 from tracker.runtimes.onnx_parts import parts_of
-from tracker.runtimes.torch_export import TorchExportRuntime
 from tracker.types import Runtime
 
 CHECKPOINTS = (".pth", ".pt", ".safetensors")
@@ -86,10 +85,7 @@ class Side:
         config = dataclasses.replace(config, builder=self.manifest.builder or config.builder)
         return EngineProbe(self.onnx, self.manifest, images, builder(config, device))
 
-    def _program(self, images: Sequence[Array]) -> Probe | str:
-        assert isinstance(self.runtime, TorchExportRuntime)
-        if self.runtime.library.startswith("AOTInductor"):
-            return f"{self.path} is compiled code: nothing in it can be marked; compare its program instead"
+    def _program(self, images: Sequence[Array]) -> Probe:
         self.manifest.verify(self.path)  # loading runs what is in it
         return TorchProbe(torch.export.load(self.path).module(), images)
 
