@@ -226,9 +226,17 @@ class TestWhereIntegersGo:
         quantiser = Quantiser(graph_of(nodes, {"w": weight}))
         assert quantiser.layers["up"].axis == 1
 
+    def test_a_convolution_with_a_constant_for_every_place_stays_as_it_is(self) -> None:
+        """SOLOv2's coordinates. One number per channel is a bias like any other."""
+        nodes = [conv("a", "x"), node("Add", ["a", "map"], "b"), conv("c", "b"),
+                 node("Mul", ["gain", "c"], "d"), conv("y", "d")]  # fmt: skip
+        weights = {"w": W, "map": np.ones((1, 1, 8, 8)), "gain": np.ones((1, 1, 1, 1))}
+        quantiser = Quantiser(graph_of(nodes, weights))
+        assert (set(quantiser.layers), set(quantiser.high)) == ({"c"}, {"a", "y"})
+
     def test_what_no_image_reaches_stays_as_it_is(self) -> None:
         """DETR's first look at its queries, which TensorRT computes while it builds."""
-        nodes = [node("MatMul", ["queries", "w2"], "asked"), conv("a", "x"), node("Add", ["a", "asked"], "b"),
+        nodes = [node("MatMul", ["queries", "w2"], "asked"), conv("a", "x"), node("Max", ["a", "asked"], "b"),
                  conv("y", "b")]  # fmt: skip
         weights = {"w": W, "queries": np.ones((8, 8)), "w2": np.ones((8, 8))}
         assert set(Quantiser(graph_of(nodes, weights)).layers) == {"a"}

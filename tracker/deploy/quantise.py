@@ -4,6 +4,7 @@
     residuals     the sum behind a convolution is fused into it if its other input is integers too
     concatenation, pooling    only move numbers, so what they take and give has one scale
     never         the last layers before an output; what computes coordinates (`islands`); biases;
+                  convolutions with a constant of its own for every place (CoordConv);
                   ConvTranspose of single channels, dense or not: TensorRT runs them dense in half precision
                   (`precision`)
 
@@ -70,7 +71,12 @@ class Quantiser:
             for node in graph.node
             if node.input and node.input[0] in reached and (layer := self._layer(node)) is not None
         }
-        self.high = self._single_channels() | self._last(every) | self._coordinates(every)
+        self.high = (
+            self._single_channels()
+            | self._last(every)
+            | self._coordinates(every)
+            | self._mapped(every, reached)
+        )
         self.layers = {name: layer for name, layer in every.items() if name not in self.high}
         if not self.layers:
             raise EngineError("the graph has no layer to quantise: only layers with constant weights can be")
@@ -185,6 +191,23 @@ class Quantiser:
                 found[node.name] = "gives coordinates"
             elif node.op_type not in HEAVY:
                 rest += node.input
+        return found
+
+    def _mapped(self, layers: Mapping[str, Layer], reached: set[str]) -> dict[str, str]:
+        """Convolutions that a constant is added to, or multiplied with, place by place.
+
+        TensorRT 8.6 makes one layer of an integer convolution and any constant behind it, and then finds that
+        it can take one number per channel alone (`QConvScaleFusion`, "vol == params.nbOutputMaps").
+        """
+        found = {}
+        for node in self.model.graph.node:
+            for place, name in enumerate(node.input if node.op_type in ("Add", "Sub", "Mul", "Div") else ()):
+                producer, other = self._producers.get(name), node.input[1 - place]
+                if producer is None or producer.op_type != "Conv" or other in reached:
+                    continue
+                constant = self._weights.get(other)
+                if producer.name in layers and (constant is None or any(n > 1 for n in constant.dims[2:])):
+                    found[producer.name] = "has a constant of its own for every place"
         return found
 
     def _points(self, kept: frozenset[str]) -> dict[str, list[tuple[str, int]]]:
