@@ -86,6 +86,7 @@ def plan(folder: Path, **needs: tuple[str, ...]) -> Plan:
     return Plan(
         needs=needs,
         alone=("last",),
+        in_turn=("refuse", "die"),
         product=partial(product, folder),
         do=partial(do, folder),
         folder=folder / "results",

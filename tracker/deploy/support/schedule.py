@@ -1,8 +1,9 @@
-"""Steps of many systems, each in a process that may fail, several at once, remembered for the next time.
+"""Steps of many systems, in processes that may fail, several at once, remembered for the next time.
 
 A result is one small file per system and step: a run goes on where another ended, and a step that takes its
-process with it takes no other's result. What must have the machine for itself (timing) comes last, one after
-another. Knows nothing of what steps do, and loads nothing that a process would have to wait for.
+process with it takes no other's result. Steps of a kind may share one process. What must have the machine
+for itself (timing) comes last, one after another. Knows nothing of what steps do, and loads nothing that a
+process would have to wait for.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -31,12 +33,14 @@ class Plan:
     """What there is to do.
 
     needs: the steps in order, and those that each needs to have been done. alone: those beside which nothing
-    may run. product: the file that a step leaves for others, None where it leaves none. do: a step; what it
-    raises is its "error". Both are sent to other processes. folder: of results.
+    may run. in_turn: those that one process does for all systems, beside others. product: the file that a
+    step leaves for others, None where it leaves none. do: a step; what it raises is its "error". Both are
+    sent to other processes. folder: of results.
     """
 
     needs: dict[str, tuple[str, ...]]
     alone: tuple[str, ...]
+    in_turn: tuple[str, ...]
     product: Callable[[str, str], Path | None]
     do: Callable[[str, str], Found]
     folder: Path
@@ -96,92 +100,117 @@ def measure(
 ) -> None:
     """Do all steps of these systems that have not been done well before; see `Results`.
 
-    jobs: processes at once. deadline: seconds after which none works any more. Steps that it cuts short or
-    keeps from beginning stay as they were.
+    jobs: processes at once; of several, one is for what goes in turn. deadline: seconds after which none
+    works any more. Steps that it cuts short or keeps from beginning stay as they were.
     """
-    run = _Run(plan, jobs, told or (lambda name, step, found: None))
     begun = perf_counter()
-    todo = {name: plan.wanted(name) for name in names}
-    alone = [(name, step) for name in names for step in todo[name] if step in plan.alone]
+    keys = [(name, step) for name in names for step in plan.wanted(name)]
+    alone = {step for _, step in keys if step in plan.alone}
+    in_turn = {step for _, step in keys if step in plan.in_turn} - alone
+    others = {step for _, step in keys} - alone
     end = sooner = None
     if deadline is not None:
         end = begun + deadline
-        sooner = end - min(RESERVE_SECONDS * (1 + len(alone)), deadline / 2)
-    with ThreadPoolExecutor(max(1, len(names))) as threads:
-        for name in names:
-            threads.submit(run.together, name, [s for s in todo[name] if s not in plan.alone], sooner)
-    run.work(alone, end)
+        count = sum(step in alone for _, step in keys)
+        sooner = end - min(RESERVE_SECONDS * (1 + count), deadline / 2)
+    run = _Run(plan, keys, told or (lambda name, step, found: None))
+    lanes = [in_turn, *[others - in_turn] * (jobs - 1)] if jobs > 1 and in_turn else [others] * jobs
+    with ThreadPoolExecutor(len(lanes)) as threads:
+        for done in [threads.submit(run.lane, steps, sooner) for steps in lanes]:
+            done.result()
+    run.lane(alone, end)
 
 
 class _Run:
-    def __init__(self, plan: Plan, jobs: int, told: Told) -> None:
-        self._plan, self._results, self._told = plan, Results(plan.folder), told
-        self._jobs, self._slots = jobs, threading.Semaphore(jobs)
+    """Steps left, and lanes that take one after another as soon as it has all it needs."""
 
-    def together(self, name: str, steps: Sequence[str], end: float | None) -> None:
-        """One system's steps: in one process, or side by side as far as each has what it needs."""
-        if self._jobs == 1:
-            return self.work([(name, step) for step in steps], end)
-        left = list(steps)
-        while left:
-            ready = [step for step in left if not set(self._plan.needs[step]) & set(left)]
-            chains = {step: [step] for step in ready}
-            for step in left:  # what waits for one of these alone goes with it
-                before = set(self._plan.needs[step]) & set(left)
-                if len(before) == 1 and (first := before.pop()) in chains and chains[first][-1] == first:
-                    chains[first].append(step)
-            done = {step for chain in chains.values() for step in chain}
-            with ThreadPoolExecutor(len(chains)) as threads:
-                for chain in chains.values():
-                    threads.submit(self.work, [(name, step) for step in chain], end)
-            left = [step for step in left if step not in done]
+    def __init__(self, plan: Plan, keys: Sequence[Key], told: Told) -> None:
+        self._plan, self._results, self._told = plan, Results(plan.folder), told
+        self._left, self._begun = list(keys), set[Key]()
+        self._changed = threading.Condition()
+
+    def lane(self, steps: Collection[str], end: float | None) -> None:
+        """One process for steps with these names, until none is left or the time is over."""
+        worker = _Worker(self._plan)
+        try:
+            while (key := self._next(steps, end)) is not None:
+                found = worker.do(key, end)
+                with self._changed:
+                    self._begun.remove(key)
+                    self._changed.notify_all()
+                    if found is not None:
+                        self._results.write(*key, found)
+                        self._told(*key, found)
+        except BaseException:
+            with self._changed:  # nobody need wait for what will not be done
+                self._left.clear()
+                self._changed.notify_all()
+            raise
+        finally:
+            worker.end()
+
+    def _next(self, steps: Collection[str], end: float | None) -> Key | None:
+        with self._changed:
+            while any(step in steps for _, step in self._left) and (end is None or perf_counter() < end):
+                key = next((key for key in self._left if key[1] in steps and self._ready(key)), None)
+                if key is not None:
+                    self._left.remove(key)
+                    self._begun.add(key)
+                    return key
+                self._changed.wait(None if end is None else max(0.0, end - perf_counter()))
         return None
 
-    def work(self, keys: Sequence[Key], end: float | None) -> None:
-        """One after another, in one process as long as it lives."""
-        left = list(keys)
-        while left and (end is None or perf_counter() < end):
-            with self._slots:
-                for key, found in self._process(left, end):
-                    left.remove(key)
-                    self._results.write(*key, found)
-                    self._told(*key, found)
-
-    def _process(self, keys: Sequence[Key], end: float | None) -> Iterator[tuple[Key, Found]]:
-        """What a process says of these steps, until it has done them all, dies, or is ended."""
-        here, there = multiprocessing.Pipe(duplex=False)
-        process = multiprocessing.get_context("spawn").Process(
-            target=_steps, args=(list(keys), self._plan, there)
+    def _ready(self, key: Key) -> bool:
+        name, step = key
+        return not any(
+            (name, need) in self._begun or (name, need) in self._left for need in self._plan.needs[step]
         )
+
+
+class _Worker:
+    """A process that does steps, and another where one has died or was cut short."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._process: SpawnProcess | None = None
+
+    def do(self, key: Key, end: float | None) -> Found | None:
+        """What came of it, None where the time was over before."""
+        if self._process is None:
+            self._pipe, there = multiprocessing.Pipe()
+            self._process = multiprocessing.get_context("spawn").Process(
+                target=_steps, args=(self._plan, there)
+            )
+            self._process.start()
+            there.close()  # so that the process's end is the end of the pipe
         begun = perf_counter()
-        process.start()
-        there.close()  # so that the process's end is the end of the pipe
-        at: Key | None = None
         try:
-            while here.poll(None if end is None else max(0.0, end - perf_counter())):
-                key, found = here.recv()
-                if found is None:
-                    at, begun = key, perf_counter()
-                else:
-                    at = None
-                    yield key, found
-        except EOFError:
-            process.join()
-            if at is None and process.exitcode:
-                at = keys[0]  # it did not come as far as to begin
-            if at is not None:
-                error = f"the process died with exit code {process.exitcode}"
-                yield at, {"ok": False, "seconds": round(perf_counter() - begun, 1), "error": error}
-        finally:
-            here.close()
-            process.kill()
-            process.join()
+            self._pipe.send(key)
+            if self._pipe.poll(None if end is None else max(0.0, end - perf_counter())):
+                return dict(self._pipe.recv())
+        except (EOFError, ConnectionError):
+            self._process.join()
+            error = f"the process died with exit code {self._process.exitcode}"
+            self.end()
+            return {"ok": False, "seconds": round(perf_counter() - begun, 1), "error": error}
+        self.end()
+        return None
+
+    def end(self) -> None:
+        if self._process is not None:
+            self._pipe.close()
+            self._process.kill()
+            self._process.join()
+            self._process = None
 
 
-def _steps(keys: Sequence[Key], plan: Plan, told: Connection) -> None:
-    """In the process: each step, begun (None) and done."""
-    for name, step in keys:
-        told.send(((name, step), None))
+def _steps(plan: Plan, asked: Connection) -> None:
+    """In the process: steps as they are asked for."""
+    while True:
+        try:
+            name, step = asked.recv()
+        except EOFError:  # nobody asks any more
+            return
         begun = perf_counter()
         failed = [need for need in plan.needs[step] if plan.missing(name, need)]
         if failed:
@@ -191,5 +220,4 @@ def _steps(keys: Sequence[Key], plan: Plan, told: Connection) -> None:
                 found = {"ok": True, **plan.do(name, step)}
             except Exception as error:  # whatever it is, the next step may do
                 found = {"ok": False, "error": f"{type(error).__name__}: {error}"}
-        told.send(((name, step), found | {"seconds": round(perf_counter() - begun, 1)}))
-    told.close()
+        asked.send(found | {"seconds": round(perf_counter() - begun, 1)})

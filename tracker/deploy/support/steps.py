@@ -13,6 +13,7 @@ Knows nothing of processes, of other systems, or of what has been done before.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -32,7 +33,7 @@ from tracker.deploy.build import build
 from tracker.deploy.calibration.calibrate import CalibrationConfig, calibrate
 from tracker.deploy.export import frames_of, generated_frames, inputs_of
 from tracker.deploy.feeds import Feeds
-from tracker.deploy.plan import BuildConfig
+from tracker.deploy.plan import BuildConfig, builder_held
 from tracker.deploy.support.schedule import Found, Plan
 from tracker.deploy.support.systems import system_of
 from tracker.engine import open_runtime
@@ -50,6 +51,8 @@ FED = "fed to "  # what names of inputs begin with among arrays that are kept
 EVERY = 10  # frame of the clip is calibrated with: neighbours are too alike
 SAME = 1e-3  # greatest |TensorRT − ONNX Runtime| / |ONNX Runtime| of an output in FP32
 ALIKE = 0.9  # least cosine of an output in FP16
+
+_HELD = ExitStack()  # builders, until the process ends: other systems' engines follow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +84,7 @@ def plan_of(config: StepsConfig) -> Plan:
     return Plan(
         needs=steps_of(config),
         alone=(*(f"run {precision}" for precision in PRECISIONS), "track"),
+        in_turn=tuple(f"tensorrt {precision}" for precision in PRECISIONS),
         product=partial(product, config=config),
         do=partial(run_step, config=config),
         folder=config.folder / "results",
@@ -186,10 +190,12 @@ def _build(name: str, builder: Builder, precision: Precision, config: StepsConfi
     if builder == "tensorrt":
         index = int(config.device.partition(":")[2] or 0)
         settings |= {"tactics": config.tactics, "device": index, "tf32": precision != "fp32"}
+    wanted = BuildConfig(builder=builder, **settings)
+    _HELD.enter_context(builder_held(wanted))
     done = build(
         source,
         out,
-        BuildConfig(builder=builder, **settings),
+        wanted,
         precision=None if precision == "fp32" else precision,
         frames=_frames(config, 1) if config.verify and precision == "fp16" else (),
     )
