@@ -27,7 +27,7 @@ from tracker.deploy.build import TOLERANCES, build
 from tracker.deploy.export import ExportConfig, export_fairmot, frames_of, generated_frames
 from tracker.deploy.graph import Lowering
 from tracker.deploy.islands import HalfConfig
-from tracker.deploy.plan import BuildConfig, compile_plan, mark_precision
+from tracker.deploy.plan import BuildConfig, builder_held, compile_plan, mark_precision
 from tracker.deploy.precision import to_half
 from tracker.engine import describe
 from tracker.errors import ConfigError, EngineError, SinkError
@@ -310,6 +310,20 @@ class TestWhatIsRefused:
         monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
         words = r"TensorRT builds on the GPU it builds for; cuda:0 is asked for and torch sees 0"
         self.refused(EngineError, words, small, config=BuildConfig())
+
+
+def test_one_builder_serves_all_graphs_of_a_build(
+    rtx: Any, tmp_path: Path, exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernels are loaded once, and let go of when the engine is written."""
+    made, builder = [], rtx.Builder
+    monkeypatch.setattr(rtx, "Builder", lambda messages: made.append(messages) or builder(messages))
+    with builder_held(RTX):
+        for name in ("a.engine", "b.engine"):
+            build(exported(), tmp_path / name, RTX)
+    assert len(made) == 1
+    build(exported(), tmp_path / "c.engine", RTX)
+    assert len(made) == 2
 
 
 class TestWhileItWorks:
