@@ -6,6 +6,7 @@ The fake decodes the very stream it is fed, so start codes, parameter sets, time
 from __future__ import annotations
 
 import ctypes
+import heapq
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -38,11 +39,14 @@ class Surface:
 
 
 class FakeDecoder:
-    """Like NVDEC it knows nothing of containers, and has one surface, which it overwrites."""
+    """Like NVDEC it knows nothing of containers, and has one surface, which it overwrites. Of the time stamps
+    that came in, the picture shown next has the earliest: right where they are presentation times.
+    """
 
     def __init__(self, codec: str, breaks_at: int | None = None) -> None:
         self._codec = av.CodecContext.create({"MPEG2": "mpeg2video"}.get(codec, codec.lower()), "r")
         self._surface: torch.Tensor | None = None
+        self._stamps: list[int] = []
         self.left = breaks_at
 
     def Decode(self, piece: SimpleNamespace) -> Any:  # noqa: N802 (NVIDIA's name)
@@ -54,12 +58,13 @@ class FakeDecoder:
         if piece.bsl:
             packet = av.Packet(ctypes.string_at(piece.bsl_data, piece.bsl))
             packet.pts = piece.pts
+            heapq.heappush(self._stamps, piece.pts)
         for picture in self._codec.decode(packet):
             nv12 = torch.from_numpy(picture.to_ndarray(format="nv12"))
             if self._surface is None or self._surface.shape != nv12.shape:
                 self._surface = torch.empty_like(nv12)
             self._surface.copy_(nv12)
-            yield Surface(self._surface, picture.pts)
+            yield Surface(self._surface, heapq.heappop(self._stamps))
 
 
 class FakeLibrary:

@@ -61,12 +61,6 @@ def parser() -> argparse.ArgumentParser:
         "plan (from TensorRT 10.9) or between several plans in one file; or as "
         "GridSample, slowly (default: TensorRT's own if it has one, from 10.15, else segments)",
     )
-    parser.add_argument(
-        "--stem",
-        choices=("pixels", "blocks"),
-        help="first layers on pixels, or on blocks of 2×2 as channels, as tensor cores need them: the same "
-        "answers, for networks that begin with a few channels at the images' full size, as FairMOT does",
-    )
     parser.add_argument("--verify", metavar="VIDEO", help="frames to compare with (default: drawn ones)")
     parser.add_argument("--no-verify", action="store_true", help="cast without comparing")
     parser.add_argument("--no-tf32", action="store_true", help="fp32 in full, not as tensor cores take it")
@@ -151,15 +145,13 @@ def _build(options: argparse.Namespace) -> None:
             half=half,
             frames=frames,
             deform=options.deform,
-            stem=options.stem,
             progress=progress,
         )
     about = done.manifest
     bound = f"sm {about.sm}" if about.sm else "every GPU of its library"
     batch = "–".join(map(str, sorted({about.batch[0], about.batch[2]}))) if about.batch else "?"
-    stem = "first layers on blocks of 2×2 pixels, " if done.stem == "blocks" else ""
     print(f"{options.out}: {done.bytes / 1e6:.1f} MB, {about.precision}, batch {batch}, {about.builder} "
-          f"{about.tensorrt_version}, {bound}, {stem}built in {done.seconds:.1f} s")  # fmt: skip
+          f"{about.tensorrt_version}, {bound}, built in {done.seconds:.1f} s")  # fmt: skip
     if done.deform == "segments":
         why = "asked for" if options.deform else "this TensorRT has no DeformConv"
         print(f"an engine in segments ({why}): deformable convolutions run as one fused kernel each, between "

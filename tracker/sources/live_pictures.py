@@ -120,7 +120,8 @@ class NvdecPictures:
             self._cuda = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._low_delay = True
         self._number = 0
-        self._under_way: dict[int, tuple[int | None, bool]] = {}  # by number: time stamp, whether damaged
+        # By what a packet came in with: its number, its time stamp, whether it is damaged.
+        self._under_way: dict[int, tuple[int, int | None, bool]] = {}
         self._damaged = False
         self._latest: int | None = None  # time stamp
 
@@ -193,24 +194,27 @@ class NvdecPictures:
     def _decode(self, packet: av.Packet[Any]) -> Iterator[Shown | None]:
         self._damaged = packet.is_corrupt or (self._damaged and not packet.is_keyframe)
         self._number += 1
-        self._under_way[self._number] = packet.pts, self._damaged
+        # A decoder that puts pictures in order gives the one shown next the earliest stamp that came in.
+        stamp = self._number if self._low_delay or packet.pts is None else packet.pts
+        self._under_way[stamp] = self._number, packet.pts, self._damaged
         assert self._surfaces is not None
-        arrived = self._surfaces(packet, self._number)
+        arrived = self._surfaces(packet, stamp)
         while True:
             with torch.cuda.stream(self._cuda):
                 try:
-                    nv12, number = next(arrived, (None, 0))
+                    nv12, stamp = next(arrived, (None, 0))
                 except TrackerError:
                     raise
                 except Exception as error:  # its own classes, derived from nothing narrower
                     raise SourceError(f"{self._what}: NVDEC gave up ({error})") from None
                 if nv12 is None:
                     break
-                pts, damaged = self._under_way.pop(number, (None, False))
+                _, pts, damaged = self._under_way.pop(stamp, (0, None, False))
                 shown = None if damaged else Shown(self._frame(nv12), pts)
             yield shown
-        while self._under_way and next(iter(self._under_way)) <= self._number - _REORDER_LIMIT:
-            del self._under_way[next(iter(self._under_way))]
+        late = [s for s, (number, *_) in self._under_way.items() if number <= self._number - _REORDER_LIMIT]
+        for stamp in late:
+            del self._under_way[stamp]
             yield None
 
     def _frame(self, nv12: Tensor) -> Frame:
