@@ -499,17 +499,19 @@ def fill_with_seven() -> None:
 
 
 def test_two_processes_see_the_same_gpu_memory(gpu: torch.device) -> None:
-    free = torch.cuda.mem_get_info(gpu)[0]
-    memory = DeviceMemory(64 << 20, gpu)
-    memory.tensor(0, (64 << 20,)).zero_()
-    torch.cuda.synchronize()
-    child = Child("test_decoders", "fill_with_seven")
-    child.send(memory.address)
-    assert child.receive() is not None
-    child.leave()
-    assert memory.tensor(0, (2048,)).sum().item() == 7 * 1024
-    part = memory.tensor(256, (4, 256))
-    del memory
-    assert bool((part == 7).all())
-    del part
-    assert torch.cuda.mem_get_info(gpu)[0] > free - (32 << 20)
+    """And it is given back, though another process had it. The first time around also loads kernels."""
+    for _ in range(2):
+        free = torch.cuda.mem_get_info(gpu)[0]
+        memory = DeviceMemory(256 << 20, gpu)
+        memory.tensor(0, (64 << 20,)).zero_()
+        torch.cuda.synchronize()
+        child = Child("test_decoders", "fill_with_seven")
+        child.send(memory.address)
+        assert child.receive() is not None
+        child.leave()
+        assert memory.tensor(0, (2048,)).sum().item() == 7 * 1024
+        part = memory.tensor(256, (4, 256))
+        del memory
+        assert bool((part == 7).all())
+        del part
+    assert torch.cuda.mem_get_info(gpu)[0] > free - (64 << 20)

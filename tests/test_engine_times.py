@@ -155,6 +155,7 @@ def test_the_table_has_engines_peers_and_what_went_wrong() -> None:
     assert rows["compiled"] == ["–", "–"]
 
 
+@pytest.mark.filterwarnings("default")  # torch's compiler warns about what it does
 def test_on_a_gpu_all_three_run_and_are_counted(network: FairMOT, gpu: torch.device) -> None:
     found = peers.measure(
         network, [times("a", 1, 1.0)], size=(96, 64), batches=[1, 2], device="cuda:0", repeats=2

@@ -16,7 +16,6 @@ import onnx
 
 from tracker import manifest as manifests
 from tracker.deploy.feeds import Feeds
-from tracker.deploy.halved import StemChoice, with_stem
 from tracker.deploy.islands import Half, HalfConfig, precision_of
 from tracker.deploy.lower import lowered
 from tracker.deploy.parts import compile_parts
@@ -40,13 +39,11 @@ COMPARED = ("hm",)  # roles of outputs in which front ends look for peaks
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
     """What came of it. errors: by output, of half precision against FP32, empty where nothing was cast.
-    deform: how its deformable convolutions run, None where it has none. stem: what its first layers see.
-    notes: what is not as asked for.
+    deform: how its deformable convolutions run, None where it has none. notes: what is not as asked for.
     """
 
     manifest: Manifest
     deform: DeformChoice | None
-    stem: StemChoice
     errors: dict[str, float]
     bytes: int
     seconds: float
@@ -62,7 +59,6 @@ def build(
     half: HalfConfig | None = None,
     frames: Sequence[Frame] = (),
     deform: DeformChoice | None = None,
-    stem: StemChoice | None = None,
     progress: Progress | None = None,
 ) -> Built:
     """Build the ONNX file `source`, which has its manifest beside it, into `out` with a manifest beside it.
@@ -71,7 +67,6 @@ def build(
     (its kind follows precision); "int8" casts what calibration left in FP32 to FP16.
     frames: to check a cast graph with, on the CPU before anything is built; without any it is not checked.
     deform: see `segments.choose`; None takes TensorRT's own DeformConv where it has one.
-    stem: what the first layers see, see `halved`; None takes its DEFAULT where that can be had.
     progress: called from this thread while it waits, with what goes on and how far it is, 0 to 1 or None.
 
     Raises ConfigError for what does not fit together, EngineError where TensorRT is missing or refuses or
@@ -82,7 +77,7 @@ def build(
         raise ConfigError(f"{out} is no name for an engine: end it in .engine")
     trt_module(config.builder)  # before minutes of work
     manifest = manifest_of(source)
-    model, stem = with_stem(_sized(load(source), manifest), stem)
+    model = _sized(load(source), manifest)
     with partial_file(out) as file, builder_held(config):
         if progress is not None:
             progress("comparing with fp32" if frames else "casting", None)
@@ -112,13 +107,7 @@ def build(
     manifests.write(described, manifests.beside(out))
     size = len(plan.content)
     return Built(
-        manifest=described,
-        errors=errors,
-        deform=deform,
-        stem=stem,
-        bytes=size,
-        seconds=plan.seconds,
-        notes=plan.notes,
+        manifest=described, errors=errors, deform=deform, bytes=size, seconds=plan.seconds, notes=plan.notes
     )
 
 

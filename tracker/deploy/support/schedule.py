@@ -118,6 +118,7 @@ def measure(
     with ThreadPoolExecutor(len(lanes)) as threads:
         for done in [threads.submit(run.lane, steps, sooner) for steps in lanes]:
             done.result()
+    run.give_up(others)
     run.lane(alone, end)
 
 
@@ -126,7 +127,7 @@ class _Run:
 
     def __init__(self, plan: Plan, keys: Sequence[Key], told: Told) -> None:
         self._plan, self._results, self._told = plan, Results(plan.folder), told
-        self._left, self._begun = list(keys), set[Key]()
+        self._left, self._begun, self._cut = list(keys), set[Key](), set[Key]()
         self._changed = threading.Condition()
 
     def lane(self, steps: Collection[str], end: float | None) -> None:
@@ -138,7 +139,9 @@ class _Run:
                 with self._changed:
                     self._begun.remove(key)
                     self._changed.notify_all()
-                    if found is not None:
+                    if found is None:
+                        self._cut.add(key)
+                    else:
                         self._results.write(*key, found)
                         self._told(*key, found)
         except BaseException:
@@ -148,6 +151,14 @@ class _Run:
             raise
         finally:
             worker.end()
+
+    def give_up(self, steps: Collection[str]) -> None:
+        """Steps with these names that are not done, and all that need them, for which there was no time."""
+        undone = self._cut | {key for key in self._left if key[1] in steps}
+        for name, step in self._left:  # in the order of steps
+            if any((name, need) in undone for need in self._plan.needs[step]):
+                undone.add((name, step))
+        self._left = [key for key in self._left if key not in undone]
 
     def _next(self, steps: Collection[str], end: float | None) -> Key | None:
         with self._changed:
