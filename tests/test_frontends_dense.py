@@ -19,6 +19,7 @@ from kernel_runs import PLACES, Run, run_at
 from official_cases import CELLS, SIZE, raw_outputs
 from onnx_files import detector
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tracker import boxes
 from tracker.engine import describe
@@ -28,6 +29,7 @@ from tracker.frontends.coco import COCO_NAMES
 from tracker.frontends.dense import DenseConfig, DenseDetector
 from tracker.frontends.detr import COCO_IDS
 from tracker.frontends.layout import cells, dimensions
+from tracker.kernels import nms as kernels
 from tracker.manifest import Manifest
 from tracker.types import Detections, Frame, Image
 
@@ -192,7 +194,7 @@ def test_boxes_inside_out_are_nothing_and_suppress_nothing(
     outputs["distances"] += 1
     outputs["distances"][0, 0, 13] = -2  # its left side is to the right of its right side
     outputs["logits"][0, 2, 13], outputs["logits"][0, 2, 60] = 3.0, HALF
-    (found,) = run(decode, "rtmdet", outputs, {"conf": 0.25})
+    (found,) = run(decoded, "rtmdet", outputs, {"conf": 0.25})
     np.testing.assert_allclose(found[found[:, 4] > 0][:, 4], [0.75], rtol=1e-5)
     np.testing.assert_allclose(detect("rtmdet", outputs, conf=0.25).score, [0.75], rtol=1e-5)
 
@@ -225,13 +227,51 @@ def test_detr_numbers_classes_as_coco_does() -> None:
     assert set(COCO_NAMES) < set(COCO_IDS)
 
 
-def decode(name: str, outputs: dict[str, Tensor], config: dict[str, Any]) -> Tensor:
-    """As on a GPU, every place in fixed shapes; wherever the tensors lie."""
+def decoded(name: str, outputs: dict[str, Tensor], config: dict[str, Any]) -> Tensor:
     frontend, _ = opened(name, {role: value.cpu() for role, value in outputs.items()}, **config)
     frontend.close()
     device = next(iter(outputs.values())).device
     frontend._grid, frontend._wanted = frontend._grid.to(device), frontend._wanted.to(device)
+    return decode(frontend, outputs)
+
+
+def decode(frontend: DenseDetector, outputs: dict[str, Tensor]) -> Tensor:
+    """As on a GPU, every place in fixed shapes; wherever the tensors lie."""
     return frontend._decode_all(frontend._layout.split(outputs, SIZE))
+
+
+class Watching(TorchDispatchMode):
+    """Notes what no CUDA graph can capture: numbers that come from the host, more than one, or go there."""
+
+    waits = ("_local_scalar_dense", "nonzero", "item")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.waits or (name == "lift_fresh" and args[0].numel() > 1):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [(name, layout) for name, kind in DENSE.items() for layout in kind.spec.layouts]
+)
+def test_what_is_done_on_a_gpu_asks_nothing_of_the_host(
+    name: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second time on: constants may be kept. Suppression is kernels'."""
+    for kernel in ("nms", "rotated_nms"):
+        monkeypatch.setattr(kernels, kernel, lambda rows, **_: rows)
+    outputs = layout_of(name, layout)
+    frontend, _ = opened(name, outputs, layout=layout)
+    frontend.close()
+    decode(frontend, outputs)
+    with Watching() as watching:
+        decode(frontend, outputs)
+    assert watching.seen == []
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -248,7 +288,7 @@ def test_fixed_shapes_hold_the_same(request: pytest.FixtureRequest, place: str, 
     }
     images = [raw_outputs(name, seed) for seed in (1, 2)]
     both = {role: torch.cat([image[role] for image in images]) for role in images[0]}
-    packed = run(decode, name, both, config)
+    packed = run(decoded, name, both, config)
     frontend, runtime = opened(name, images[0], **config)
     for rows, image in zip(packed, images, strict=True):
         runtime.answers = image

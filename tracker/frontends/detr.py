@@ -23,8 +23,13 @@ COCO_IDS = tuple(f"unused {number}" if number in _UNUSED else next(_named) for n
 
 
 def _in_pixels(boxes: Tensor, size: Size) -> Tensor:
-    """Centre and size in shares of the input → in its pixels."""
-    return boxes.float() * torch.tensor((*size, *size), dtype=torch.float32, device=boxes.device)
+    """Centre and size in shares of the input → in its pixels. No number is copied from the host, which no CUDA
+    graph could capture.
+    """
+    width, height = size
+    pixels = torch.full((4,), float(width), device=boxes.device)
+    pixels[1::2] = height
+    return boxes.float() * pixels
 
 
 def _without_none(logits: Tensor) -> Tensor:
