@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from conftest import ROOT
 from torch import Tensor
 
+from tracker import engine_times
 from tracker.deploy import peers
 from tracker.deploy.export import ExportConfig, export_fairmot, generated_frames
 from tracker.deploy.peers import EAGER, Peer
@@ -136,6 +138,16 @@ def test_torchvisions_deformable_convolution_is_taken_where_there_is_one(
 def times(name: str, batch: int, ms: float) -> Times:
     stages = dict.fromkeys(("preprocess", "inference", "postprocess", "all"), ms)
     return Times(engine=name, batch=batch, stages=stages, latency_ms=ms, lanes_fps=1, memory_mib=None)
+
+
+def test_an_engine_that_cannot_be_captured_is_told_of_once() -> None:
+    """Its times are those of launches, not of the device."""
+    rows = [
+        replace(times("a.engine", batch, 2.0), problem="without CUDA graphs: CUDA said no")
+        for batch in (1, 4)
+    ]
+    said = engine_times.table([*rows, times("b.engine", 1, 1.0)]).splitlines()
+    assert said[4:] == ["a.engine: without CUDA graphs: CUDA said no"]
 
 
 def test_the_table_has_engines_peers_and_what_went_wrong() -> None:

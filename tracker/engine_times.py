@@ -30,7 +30,8 @@ class Times:
 
     stages: ms per batch of preprocess, inference, postprocess and all of them as one. latency_ms: from frames
     to detections, host included, one batch at a time. lanes_fps: frames per second with all lanes at work,
-    host included. memory_mib: of the device, that opening and running took.
+    host included. memory_mib: of the device, that opening and running took. problem: what makes it slower
+    than it should be, None where nothing does.
     """
 
     engine: str
@@ -39,6 +40,7 @@ class Times:
     latency_ms: float
     lanes_fps: float
     memory_mib: float | None
+    problem: str | None = None
 
 
 def measure(
@@ -72,6 +74,7 @@ def measure(
                     latency_ms=host_clock(run, repeats, detector.device),
                     lanes_fps=_fps(run, batch, detector.lanes, repeats),
                     memory_mib=taken_since(free, device),
+                    problem=detector.problem,
                 )
             )
         return found
@@ -80,7 +83,7 @@ def measure(
 
 
 def table(rows: Sequence[Times]) -> str:
-    """A line per engine and batch."""
+    """A line per engine and batch, then what is wrong with engines."""
     lines = [
         f"{'engine':32} batch  preprocess  inference  postprocess  all ms  ms/frame  latency  fps, all lanes"
         "  memory MiB"
@@ -93,7 +96,8 @@ def table(rows: Sequence[Times]) -> str:
             f"  {ms['postprocess']:11.3f}  {ms['all']:6.3f}  {ms['all'] / row.batch:8.3f}"
             f"  {row.latency_ms:7.3f}  {row.lanes_fps:14.0f}  {memory:>10}"
         )
-    return "\n".join(lines)
+    wrong = dict.fromkeys(f"{row.engine}: {row.problem}" for row in rows if row.problem)
+    return "\n".join([*lines, *wrong])
 
 
 def _frame(size: tuple[int, int], place: torch.device) -> Frame:

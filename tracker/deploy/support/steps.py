@@ -234,6 +234,8 @@ def _run(name: str, precision: str, config: StepsConfig) -> Found:
         | {"latency": round(row.latency_ms, 4)}
         for row in rows
     }
+    if problem := next((row.problem for row in rows if row.problem), None):
+        found["problem"] = problem
     return found
 
 
