@@ -23,8 +23,9 @@ COCO_IDS = tuple(f"unused {number}" if number in _UNUSED else next(_named) for n
 
 
 def _in_pixels(boxes: Tensor, size: Size) -> Tensor:
-    """Centre and size in shares of the input → in its pixels. Copies no number from the host, which no CUDA graph
-    could capture.
+    """Centre and size in shares of the input → in its pixels.
+
+    Nothing is copied from the host, which no CUDA graph could capture.
     """
     width, height = size
     pixels = torch.full((4,), float(width), device=boxes.device)

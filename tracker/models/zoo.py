@@ -109,6 +109,7 @@ NETWORKS = {
         build=lambda config, size: detr.DETR(dataclasses.replace(config, size=size)),
         configs={"r50": detr.DetrConfig()},
         frontend="detr",
+        settle=detr.settle,
         size=(1066, 800),
         classes=("class_embed.weight", 1),
         multiple=1,

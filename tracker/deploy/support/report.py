@@ -94,7 +94,7 @@ def block(reports: Sequence[Report]) -> str:
         apart = [max(result["relative"].values()) for step, result in found if step == "run fp32"]
         words.append(
             f"TensorRT {', '.join(versions)} on one {', '.join(gpus)}: ms of the engine alone, batch 1 / 4; "
-            f"its FP32 answers lie within {max(apart, default=0.0):.0e} of ONNX Runtime's, relative to the "
+            f"its FP32 answers lie within {max(apart, default=0.0):.1e} of ONNX Runtime's, relative to the "
             "greatest of each output."
         )
     words.append(
