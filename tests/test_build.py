@@ -316,6 +316,7 @@ def test_one_builder_serves_all_graphs_of_a_build(
     rtx: Any, tmp_path: Path, exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its kernels are loaded once, and let go of when the engine is written."""
+    monkeypatch.setattr(plan, "_held", {})
     made, builder = [], rtx.Builder
     monkeypatch.setattr(rtx, "Builder", lambda messages: made.append(messages) or builder(messages))
     with builder_held(RTX):

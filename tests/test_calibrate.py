@@ -268,6 +268,13 @@ class TestWhereIntegersGo:
             step = np.abs(weight).max(axis=(1, 2, 3), keepdims=True) / LEVELS
             assert (np.abs(after[f"{layer.weight}.dq"] - weight) <= 0.51 * step + 1e-7).all()
 
+    def test_taken_back_a_pair_between_two_types_is_a_cast(self, demo: Quantiser) -> None:
+        """In half precision the images are quantised from FP32 and come back in FP16."""
+        plain = unquantised(to_half(demo.write(dict.fromkeys(demo.tensors, 4.0))))
+        onnx.checker.check_model(plain, full_check=True)
+        (cast,) = [node for node in plain.graph.node if "images" in node.input]
+        assert (cast.op_type, cast.attribute[0].i) == ("Cast", TensorProto.FLOAT16)
+
     def test_older_graphs_are_brought_to_opset_19(self) -> None:
         model = reduced(Quantiser(graph_of([conv("a", "x"), conv("y", "a")], {"w": W}, opset=11)))
         assert model.opset_import[0].version == 19

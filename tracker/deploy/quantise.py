@@ -296,20 +296,32 @@ class Quantiser:
 
 
 def unquantised(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph without its Q/DQ pairs, weights as the integers say, in the type of their scales."""
+    """The graph without its Q/DQ pairs, weights as the integers say, in the type of their scales.
+
+    A pair may be where one type of float becomes another; a cast stays there.
+    """
     plain = copy_of(model)
     graph = plain.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     quantised = {node.output[0]: node for node in graph.node if node.op_type == "QuantizeLinear"}
     instead: dict[str, str] = {}
     taken_back: dict[tuple[str, str], str] = {}  # by integers and scales, the weights that they are
+    nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         if node.op_type != "DequantizeLinear":
+            nodes += [] if node.op_type == "QuantizeLinear" else [node]
             continue
         stored, output = (node.input[0], node.input[1]), node.output[0]
         maker = quantised.get(node.input[0])
-        if maker is not None or stored in taken_back:
-            instead[output] = taken_back[stored] if maker is None else maker.input[0]
+        if maker is not None:
+            before, after = (weights[each.input[1]].data_type for each in (maker, node))
+            if before == after:
+                instead[output] = maker.input[0]
+            else:
+                nodes.append(helper.make_node("Cast", [maker.input[0]], [output], output, to=after))
+            continue
+        if stored in taken_back:
+            instead[output] = taken_back[stored]
             continue
         taken_back[stored] = output
         integers, scales = (numpy_helper.to_array(weights[name]) for name in node.input[:2])
@@ -317,7 +329,6 @@ def unquantised(model: onnx.ModelProto) -> onnx.ModelProto:
         shape = [-1 if each == axis % integers.ndim else 1 for each in range(integers.ndim)]
         values = integers.astype(np.float32) * scales.astype(np.float32).reshape(shape if scales.ndim else ())
         graph.initializer.append(numpy_helper.from_array(values.astype(scales.dtype), output))
-    nodes = [node for node in graph.node if node.op_type not in ("QuantizeLinear", "DequantizeLinear")]
     for node in nodes:
         for index, name in enumerate(node.input):
             node.input[index] = instead.get(name, name)
