@@ -15,7 +15,7 @@ import pytest
 import torch
 from kernel_runs import PLACES, Run, run_at
 from official_cases import CELLS, SIZE, raw_outputs
-from test_frontends_dense import decode, detect, frame, layout_of, opened
+from test_frontends_dense import decoded, detect, frame, layout_of, opened
 from torch import Tensor
 
 from tracker import boxes
@@ -231,7 +231,7 @@ def test_fixed_shapes_hold_the_same(run: Run) -> None:
     config = {"conf": 0.25, "classes": ("plane", "bridge", "baseball-diamond")}
     images = [raw_outputs("rtmdet-r", seed) for seed in (1, 2)]
     both = {role: torch.cat([image[role] for image in images]) for role in images[0]}
-    packed = run(decode, "rtmdet-r", both, config)
+    packed = run(decoded, "rtmdet-r", both, config)
     assert packed.shape == (2, CELLS, 7)
     frontend, runtime = opened("rtmdet-r", images[0], **config)
     for rows, image in zip(packed, images, strict=True):
