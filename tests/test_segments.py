@@ -26,7 +26,7 @@ import tracker.deploy.segments
 from tracker import manifest as manifests
 from tracker.deploy.build import build
 from tracker.deploy.export import ExportConfig, export_fairmot, generated_frames
-from tracker.deploy.islands import element_types, precision_of
+from tracker.deploy.islands import HalfConfig, element_types, precision_of
 from tracker.deploy.lower import lowered
 from tracker.deploy.plan import BuildConfig, Plan
 from tracker.deploy.precision import to_half
@@ -170,6 +170,14 @@ class TestCut:
         assert whole.layouts == dict.fromkeys(seams, "HWC8")
         weights = {deform.weight.dtype for stage in whole.stages for deform in stage}
         assert weights == {torch.float16}
+
+    def test_so_do_ends_that_are_in_half_precision(self, network: onnx.ModelProto) -> None:
+        """But not an answer of a few channels, which would become eight."""
+        layouts = cut(to_half(network, HalfConfig(half_io=True))).layouts
+        assert {name for name in ("images", "peaks", "wh", "reg", "id") if name in layouts} == {
+            "images",
+            "id",
+        }
 
     def test_the_given_graph_is_left_alone(self, network: onnx.ModelProto) -> None:
         before = network.SerializeToString(deterministic=True)

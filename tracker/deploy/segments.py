@@ -337,15 +337,16 @@ class _Cutter:
         return model
 
     def _layouts(self, parts: Iterable[onnx.ModelProto | None]) -> dict[str, str]:
-        """HWC8 for what crosses seams in half precision."""
-        ends = {*self._inputs, *self._outputs}
+        """HWC8 for images in half precision, as convolutions read and write them: what crosses seams, what
+        comes in, and answers of so many channels that none are filled up.
+        """
         values = [value for part in parts if part for value in (*part.graph.input, *part.graph.output)]
         return {
             value.name: "HWC8"
             for value in values
-            if value.name not in ends
-            and value.type.tensor_type.elem_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-            and len(value.type.tensor_type.shape.dim) == 4
+            if value.type.tensor_type.elem_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+            and len(sizes := value.type.tensor_type.shape.dim) == 4
+            and (value.name not in self._outputs or sizes[1].dim_value % 8 == 0)
         }
 
     def _value(self, name: str) -> onnx.ValueInfoProto:
