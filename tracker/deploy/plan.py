@@ -115,7 +115,7 @@ def builder_held(config: BuildConfig) -> Iterator[None]:
     """One builder for all graphs that are built with this library and GPU meanwhile, one after another.
 
     TensorRT loads its kernels with the first builder and lets go of them with the last; 8.6 takes 3 GB of
-    memory, 4 GB of the GPU's and about 8 seconds for it. Raises EngineError where the library cannot start.
+    memory, 4 GB of the GPU's and about 4 seconds for it. Raises EngineError where the library cannot start.
     """
     key = config.builder, config.device
     if key in _held:

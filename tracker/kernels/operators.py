@@ -1,5 +1,5 @@
-"""Triton programs as operators of torch's library: torch.compile sees through one to its
-kernels, torch.export keeps it by name, CUDA graphs capture it.
+"""Triton programs as operators of torch's library: torch.compile sees through one to its kernels,
+torch.export keeps it by name, CUDA graphs capture it.
 """
 
 from __future__ import annotations
