@@ -13,6 +13,7 @@ from cameras import camera, demo_feed, lossy_camera
 
 if TYPE_CHECKING:
     import torch
+    from fake_nvdec import FakeLibrary
 
 __all__ = ["camera", "demo_feed", "lossy_camera"]  # fixtures for all modules
 
@@ -64,6 +65,18 @@ def rtx() -> ModuleType:
         return trt_module("tensorrt_rtx")
     except EngineError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
+    """In PyNvVideoCodec's place."""
+    from fake_nvdec import FakeLibrary
+
+    from tracker.sources import nvdec
+
+    fake = FakeLibrary()
+    monkeypatch.setattr(nvdec, "_library", lambda: fake)
+    return fake
 
 
 @pytest.fixture(scope="module")

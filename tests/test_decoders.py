@@ -24,7 +24,7 @@ import pytest
 import torch
 from clips import cut, write_clip
 from duties import crowd
-from fake_nvdec import FakeFile, FakeLibrary, HostAddress, HostMemory, fake_file
+from fake_nvdec import FakeFile, HostAddress, HostMemory, fake_file
 from test_crew import is_running, pids_of_children, wait_until
 
 from tracker.children import Child
@@ -32,20 +32,13 @@ from tracker.errors import ConfigError, EngineError, SourceError, TrackerError
 from tracker.pipeline import Feed, ReadyFeed
 from tracker.pixels import to_bgr
 from tracker.session import Options, Session
-from tracker.sources import VideoFile, nvdec
+from tracker.sources import VideoFile
 from tracker.sources.decode_worker import Delivery, _hear, _run
 from tracker.sources.decoders import AHEAD, SLOTS, Decoders, RemoteFile, processes_for
 from tracker.sources.shared_memory import DeviceMemory, sharing_problem
 from tracker.types import Detections, Frame, Source, Transfers
 
-pytestmark = pytest.mark.alone
-
-
-@pytest.fixture(autouse=True)
-def library(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
-    fake = FakeLibrary()
-    monkeypatch.setattr(nvdec, "_library", lambda: fake)
-    return fake
+pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("library")]
 
 
 @pytest.fixture(scope="module")

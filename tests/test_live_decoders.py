@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,31 +21,24 @@ import pytest
 import torch
 from cameras import Camera, write_feed
 from clips import write_clip
-from fake_nvdec import CPU, FakeLibrary, FakeNetwork, HostMemory, fake_open
+from fake_nvdec import CPU, FakeNetwork, HostMemory, fake_open
 from test_crew import pids_of_children, wait_until
 from test_decoders import Gpu, Unreachable, no_memory, pixels
-from test_live_sources import QUICK, Watched, http_server, jpeg, mjpeg
+from test_live_sources import QUICK, http_server, jpeg, mjpeg, watched
 
 from tracker.addresses import parse
 from tracker.errors import ConfigError, SourceError
 from tracker.live import LiveSession
 from tracker.session import options_from
-from tracker.sources import VideoFile, connect_to, nvdec
-from tracker.sources.connections import Arrival, Connect, Network, Nvdec, Replay
+from tracker.sources import VideoFile, connect_to
+from tracker.sources.connections import Arrival, Network, Nvdec, Replay
 from tracker.sources.decode_worker import Loan
 from tracker.sources.live import LiveSettings, LiveSource, State
 from tracker.sources.live_decoders import AHEAD, SLOTS, Link, LiveDecoders, Remote, processes_for
 from tracker.sources.live_worker import NO_ROOM, Came, Over, Viewing, hear
 from tracker.types import Frame
 
-pytestmark = pytest.mark.alone
-
-
-@pytest.fixture(autouse=True)
-def library(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
-    fake = FakeLibrary()
-    monkeypatch.setattr(nvdec, "_library", lambda: fake)
-    return fake
+pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("library")]
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +70,6 @@ def camera_at(url: str, settings: LiveSettings = QUICK, *, strict: bool = False)
         max_pixels=settings.max_pixels,
         nvdec=Nvdec(CPU, strict=strict),
     )
-
-
-@contextmanager
-def watched(connect: Connect, **options: Any) -> Iterator[Watched]:
-    live = Watched(LiveSource("live", connect, **options))
-    live._thread.start()
-    try:
-        yield live
-    finally:
-        live.source.stop()
-        live._thread.join(5)
-        assert not live._thread.is_alive()
 
 
 @pytest.fixture(scope="module")

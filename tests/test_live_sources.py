@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,6 +19,7 @@ from clips import write_clip
 
 from tracker.errors import ConfigError, SourceError
 from tracker.sources import connect_to
+from tracker.sources.connections import Connect
 from tracker.sources.live import LiveSettings, LiveSource, State
 from tracker.types import Frame
 
@@ -66,14 +68,20 @@ class Watched:
 def watching(spec: str, settings: LiveSettings = QUICK, **options: object) -> Iterator[Watched]:
     max_reconnects = options.pop("max_reconnects", None)
     name, _, connect = connect_to(spec, settings, **options)  # type: ignore[arg-type]
-    watched = Watched(LiveSource(name, connect, max_reconnects=max_reconnects))  # type: ignore[arg-type]
-    watched._thread.start()
+    with watched(connect, name=name, max_reconnects=max_reconnects) as live:
+        yield live
+
+
+@contextmanager
+def watched(connect: Connect, *, name: str = "live", **options: Any) -> Iterator[Watched]:
+    live = Watched(LiveSource(name, connect, **options))
+    live._thread.start()
     try:
-        yield watched
+        yield live
     finally:
-        watched.source.stop()
-        watched._thread.join(5)
-        assert not watched._thread.is_alive()
+        live.source.stop()
+        live._thread.join(5)
+        assert not live._thread.is_alive()
 
 
 # RTSP

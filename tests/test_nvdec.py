@@ -20,13 +20,6 @@ from tracker.sources import VideoFile, nvdec, open_source
 from tracker.types import Frame
 
 
-@pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
-    fake = FakeLibrary()
-    monkeypatch.setattr(nvdec, "_library", lambda: fake)
-    return fake
-
-
 def read(source: VideoFile) -> list[Frame]:
     with source:
         return list(source)

@@ -24,7 +24,7 @@ from tracker.errors import ConfigError, EngineError
 from tracker.frontends.lanes import Answer, DeviceLane, HostLane, Lane, Outputs, Packed
 from tracker.frontends.preprocess import batch_of
 from tracker.frontends.worker import start_workers
-from tracker.manifest import Manifest
+from tracker.manifest import IMAGENET_MEAN, IMAGENET_STD, Input, Manifest
 from tracker.types import Detections, Frame, LaneRuntime, Runtime, Transfers
 
 
@@ -222,6 +222,23 @@ def input_of(runtime: Runtime, size: tuple[int, int] | None) -> tuple[str, tuple
             raise EngineError(f"input {name} has shape {shape}: say its image size with --input-size WxH")
         size = (shape[3], shape[2])
     return name, size
+
+
+def mmdet_input(runtime: Runtime, size: tuple[int, int] | None) -> Input:
+    """What mmdet feeds to detectors with a ResNet: RGB, normalised, in proportion
+    (`configs/_base_/{models/mask-rcnn_r50_fpn,datasets/coco_instance}.py`). size: as for `input_of`.
+    """
+    name, size = input_of(runtime, size)
+    return Input(
+        name=name,
+        size=size,
+        layout="NCHW",
+        colour="rgb",
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        resize="corner_rounded",
+        pad=IMAGENET_MEAN,  # mmdet pads with zeros what is normalised already
+    )
 
 
 def check_finite(*tensors: Tensor) -> None:

@@ -34,7 +34,7 @@ from tracker.frontends.detector import (
     check_count,
     check_finite,
     check_share,
-    input_of,
+    mmdet_input,
     not_finite,
 )
 from tracker.frontends.lanes import Answer, DeviceLane, HostLane, Lane, Outputs, Packed
@@ -43,7 +43,7 @@ from tracker.frontends.regions import STRIDES, anchors, levels_of, refined, roi_
 from tracker.kernels import nms as kernels
 from tracker.kernels.best import MAX_LIMIT
 from tracker.kernels.roi_align import roi_align as roi_align_kernel
-from tracker.manifest import IMAGENET_MEAN, IMAGENET_STD, Input, Manifest, Precision
+from tracker.manifest import Manifest, Precision
 from tracker.masks import MaskCrops
 from tracker.types import Detections, EngineLane, LaneRuntime, Runtime
 
@@ -125,19 +125,9 @@ class MaskRcnn(Detector):
                 f"Mask R-CNN has outputs {', '.join(TRUNK)}; the engine gives {', '.join(runtime.outputs)}: "
                 "export it with tools/export.py"
             )
-        name, size = input_of(runtime, size)
         return Manifest(
             frontend="maskrcnn",
-            input=Input(
-                name=name,
-                size=size,
-                layout="NCHW",
-                colour="rgb",
-                mean=IMAGENET_MEAN,
-                std=IMAGENET_STD,
-                resize="corner_rounded",
-                pad=IMAGENET_MEAN,  # mmdet pads with zeros what is normalised already
-            ),
+            input=mmdet_input(runtime, size),
             outputs={role: role for role in TRUNK},
             names=names,
             precision=precision,

@@ -31,13 +31,13 @@ from tracker.frontends.detector import (
     check_count,
     check_finite,
     check_share,
-    input_of,
+    mmdet_input,
     not_finite,
 )
 from tracker.frontends.lanes import Answer, Outputs, Packed
 from tracker.frontends.mask_upsampling import upsampled
 from tracker.frontends.matrix_nms import matrix_nms
-from tracker.manifest import IMAGENET_MEAN, IMAGENET_STD, Input, Manifest, Precision
+from tracker.manifest import Manifest, Precision
 from tracker.masks import MaskBits
 from tracker.types import Detections, Runtime
 
@@ -109,19 +109,9 @@ class Solov2(Detector):
                 "a SOLOv2 engine has one input and the outputs cate_logits (or cate), kernel and seg; this "
                 f"one takes {', '.join(runtime.inputs)} and gives {', '.join(runtime.outputs)}"
             )
-        name, size = input_of(runtime, size)
         return Manifest(
             frontend="solov2",
-            input=Input(
-                name=name,
-                size=size,
-                layout="NCHW",
-                colour="rgb",
-                mean=IMAGENET_MEAN,
-                std=IMAGENET_STD,
-                resize="corner_rounded",
-                pad=IMAGENET_MEAN,
-            ),
+            input=mmdet_input(runtime, size),
             outputs={role: role for role in roles},
             names=names,
             precision=precision,
