@@ -93,13 +93,13 @@ def plan(folder: Path, **needs: tuple[str, ...]) -> Plan:
     )
 
 
-@pytest.mark.parametrize("jobs", [1, 3])
-def test_failures_stay_where_they_happen(tmp_path: Path, jobs: int) -> None:
+@pytest.mark.parametrize(("jobs", "turns"), [(1, 1), (3, 1), (3, 2)])
+def test_failures_stay_where_they_happen(tmp_path: Path, jobs: int, turns: int) -> None:
     """Given a step that raises and one that takes its process along, the others are done, the one alone last;
     the next run tries these two again and nothing else."""
     steps = plan(tmp_path, make=(), refuse=("make",), die=("make",), good=("make",), last=("good",))
     told: list[str] = []
-    measure(["yolo"], steps, jobs=jobs, told=lambda name, step, found: told.append(step))
+    measure(["yolo"], steps, jobs=jobs, turns=turns, told=lambda name, step, found: told.append(step))
     assert (told[0], set(told[1:4]), told[4]) == ("make", {"refuse", "die", "good"}, "last")
     results = Results(steps.folder).of("yolo")
     assert {step for step in told if results[step]["ok"]} == {"make", "good", "last"}

@@ -54,6 +54,9 @@ def parser() -> argparse.ArgumentParser:
     )
     measure.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at once (default: 1)")
     measure.add_argument(
+        "--builds", type=int, default=1, metavar="N", help="of --jobs, those that only build (default: 1)"
+    )
+    measure.add_argument(
         "--deadline", type=float, metavar="SECONDS", help="begin nothing and end everything then"
     )
     measure.add_argument(
@@ -117,7 +120,9 @@ def measure(options: argparse.Namespace) -> int:
               f"({found['seconds']} s)  {line}", flush=True)  # fmt: skip
         write(options.out, report(config))
 
-    measure(names, plan_of(config), jobs=options.jobs, deadline=options.deadline, told=told)
+    measure(
+        names, plan_of(config), jobs=options.jobs, turns=options.builds, deadline=options.deadline, told=told
+    )
     found = report(config)
     write(options.out, found)
     steps = [step for name in names for step in found["systems"].get(name, {}).get("steps", {}).values()]

@@ -33,9 +33,9 @@ class Plan:
     """What there is to do.
 
     needs: the steps in order, and those that each needs to have been done. alone: those beside which nothing
-    may run. in_turn: those that one process does for all systems, beside others. product: the file that a
-    step leaves for others, None where it leaves none. do: a step; what it raises is its "error". Both are
-    sent to other processes. folder: of results.
+    may run. in_turn: those that the same few processes do for all systems, beside others. product: the file
+    that a step leaves for others, None where it leaves none. do: a step; what it raises is its "error". Both
+    are sent to other processes. folder: of results.
     """
 
     needs: dict[str, tuple[str, ...]]
@@ -95,13 +95,14 @@ def measure(
     plan: Plan,
     *,
     jobs: int = 1,
+    turns: int = 1,
     deadline: float | None = None,
     told: Told | None = None,
 ) -> None:
     """Do all steps of these systems that have not been done well before; see `Results`.
 
-    jobs: processes at once; of several, one is for what goes in turn. deadline: seconds after which none
-    works any more. Steps that it cuts short or keeps from beginning stay as they were.
+    jobs: processes at once; of several, `turns` (fewer) are for what goes in turn. deadline: seconds after
+    which none works any more. Steps that it cuts short or keeps from beginning stay as they were.
     """
     begun = perf_counter()
     keys = [(name, step) for name in names for step in plan.wanted(name)]
@@ -114,7 +115,9 @@ def measure(
         count = sum(step in alone for _, step in keys)
         sooner = end - min(RESERVE_SECONDS * (1 + count), deadline / 2)
     run = _Run(plan, keys, told or (lambda name, step, found: None))
-    lanes = [in_turn, *[others - in_turn] * (jobs - 1)] if jobs > 1 and in_turn else [others] * jobs
+    lanes = [others] * jobs
+    if jobs > turns and in_turn:
+        lanes = [in_turn] * turns + [others - in_turn] * (jobs - turns)
     with ThreadPoolExecutor(len(lanes)) as threads:
         for done in [threads.submit(run.lane, steps, sooner) for steps in lanes]:
             done.result()
