@@ -94,6 +94,7 @@ def test_what_does_not_fit_is_refused(change: dict[str, Tensor | int], words: st
         torch.ops.tracker.last_layer(*given.values())
 
 
+@pytest.mark.filterwarnings("default")  # torch's compiler warns about what it does
 def test_on_a_gpu_compilers_see_through_it(gpu: torch.device) -> None:
     hidden, weight, bias, hidden_bias, first = case(128, inputs=256, size=(2, 19, 34))
     given = [tensor.to(gpu) for tensor in (hidden, weight, bias, hidden_bias)]

@@ -364,11 +364,13 @@ def test_a_process_that_is_killed_or_hangs_is_a_fault_of_its_streams_alone(
             for live in streams:
                 live.until(lambda live=live: len(live.frames) > 3, seconds=30)
             first, second = sorted(set(decoding()) - before)
-            for number, way in enumerate((signal.SIGKILL, signal.SIGSTOP), start=1):
+            for number, (way, words) in enumerate(
+                [(signal.SIGKILL, "was killed"), (signal.SIGSTOP, "said nothing for 1.6 s")], start=1
+            ):
                 os.kill(second, way)
                 for live in (streams[1], streams[3]):
                     live.until(lambda live=live, number=number: live.source.faults == number, seconds=30)
-                    assert "the process that decodes it was killed" in live.told[-1][2]
+                    assert f"the process that decodes it {words}" in live.told[-1][2]
                 if way is signal.SIGKILL:
                     for live in (streams[1], streams[3]):
                         live.until(lambda live=live: live.state is State.LIVE, seconds=30)

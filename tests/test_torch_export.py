@@ -276,6 +276,7 @@ def test_cuda_is_never_replaced_in_silence(affine: Path) -> None:
         TorchExportRuntime(affine, device="cuda:0", trusted=True)
 
 
+@pytest.mark.filterwarnings("default")  # torch's compiler warns about what it does
 def test_on_a_gpu_programs_are_compiled_and_captured(affine: Path, gpu: torch.device) -> None:
     runtime = TorchExportRuntime(affine, trusted=True)
     lane = runtime.lane()

@@ -40,7 +40,8 @@ BYTES_PER_STREAM = 48 << 20
 AHEAD = 4
 
 # A process that is silent so long hangs: it says every second that it does not. One that starts loads torch
-# and CUDA first.
+# and CUDA first, and while a decoder is made nothing else runs in its process: a dozen of them, beside those of
+# seven other processes, were silent for more than 10 s.
 _MUTE_SECONDS, _START_SECONDS = 10.0, 90.0
 _TICK_SECONDS = 0.2  # how soon it is noticed that a source shall stop
 _LEAVE_SECONDS = 2.0
@@ -104,10 +105,11 @@ class _Process:
         self._child = Child("tracker.sources.live_worker")
         self._sending = threading.Lock()
         self._numbers = itertools.count()
-        self._begun = self._heard = time.monotonic()
-        self._patience = _START_SECONDS
-        self._lock = threading.Lock()  # of links and over
+        self._heard = time.monotonic()
+        self._lock = threading.Lock()  # of links, opening and over
         self.links: dict[int, Link] = {}
+        self._opening = set[int]()  # those of which no picture has come yet
+        self._hung: float | None = None  # seconds, after which it was ended
         self.over = False
         self._thread = threading.Thread(target=self._listen, name="decoding process", daemon=True)
         self._thread.start()
@@ -118,6 +120,7 @@ class _Process:
             if self.over:
                 raise SourceError("the process that decodes it has ended: try again")
             self.links[link.key] = link
+            self._opening.add(link.key)
         self.send(Open(link.key, connect))
         return link
 
@@ -127,7 +130,10 @@ class _Process:
 
     def check(self) -> None:
         """End it if it hangs."""
-        if time.monotonic() - self._heard > self._patience:
+        with self._lock:
+            patience = _START_SECONDS if self._opening else _MUTE_SECONDS
+        if not self.over and self._hung is None and time.monotonic() - self._heard > patience:
+            self._hung = patience
             self._child.kill()
 
     def dismiss(self) -> None:
@@ -147,18 +153,23 @@ class _Process:
     def _listen(self) -> None:
         with suppress(Exception):  # what cannot be read comes from one that is dying
             while (message := self._child.receive()) is not None:
-                self._heard, self._patience = time.monotonic(), _MUTE_SECONDS
+                self._heard = time.monotonic()
                 content = message[0]
-                link = self.links.get(content.key if hasattr(content, "key") else content.source)
+                key = content.key if hasattr(content, "key") else content.source
+                link = self.links.get(key)
                 if link is not None:
                     link.hear(content)
-                if isinstance(content, Over):
+                if isinstance(content, Came | Over):
                     with self._lock:
-                        self.links.pop(content.key, None)
+                        self._opening.discard(key)
+                        if isinstance(content, Over):
+                            self.links.pop(key, None)
         with self._lock:
             self.over = True
             links, self.links = list(self.links.values()), {}
         ending = self._child.ending()
+        if self._hung is not None:
+            ending = f"said nothing for {self._hung:g} s and was ended: track fewer sources at once"
         with self._sending:
             self._child.leave()
         for link in links:
