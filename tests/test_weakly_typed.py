@@ -202,6 +202,37 @@ class TestWeights:
         assert adapted(model) is model and scales_in_fp32(model) is model
 
 
+class TestResizing:
+    @pytest.mark.parametrize("mode", ["nearest", "linear"])
+    @pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
+    def test_comes_before_the_quantisation_behind_it(self, rtx: Any, mode: str, half: bool) -> None:
+        """As in a feature pyramid: coarse features, enlarged, quantised and added to finer ones."""
+        nodes = [
+            node("MaxPool", ["x"], "small", kernel_shape=[2, 2], strides=[2, 2]),
+            node("Conv", ["small", "w"], "coarse", pads=[1, 1, 1, 1]),
+            node("Resize", ["coarse", "", "twice"], "enlarged", mode=mode),
+            node("Conv", ["x", "w"], "fine", pads=[1, 1, 1, 1]),
+            node("Add", ["fine", "enlarged"], "sum"),
+            node("Conv", ["sum", "w"], "y", pads=[1, 1, 1, 1]),
+        ]
+        weights = {"w": numbers(4, 4, 3, 3), "twice": np.array([1, 1, 2, 2], np.float32)}
+        quantiser = Quantiser(graph(nodes, weights, (1, 4, 8, 8)))
+        model = quantiser.write(dict.fromkeys(quantiser.tensors, 4.0))
+        model = to_half(model) if half else model
+        written = adapted(model)
+        makers = {name: each for each in written.graph.node for name in each.output}
+        (barrier,) = (each for each in written.graph.node if each.op_type == "Max")
+        assert makers[barrier.input[0]].op_type == "Resize"
+        assert not any(
+            each.op_type == "QuantizeLinear" and makers[each.input[0]].op_type == "Resize"
+            for each in written.graph.node
+            if each.input[0] in makers
+        )
+        x = numbers(1, 4, 8, 8)  # in half precision the two write weights with other scales
+        np.testing.assert_allclose(answer(written, x), answer(model, x), rtol=0, atol=0.2 if half else 0)
+        compile_plan(written, RTX)
+
+
 class TestRefusals:
     """TensorRT's words about a quantised graph, and which layers they mean."""
 

@@ -331,9 +331,7 @@ def mark_precision(trt: Any, network: Any, options: Any, model: onnx.ModelProto)
 
     It may then use half precision and integers where the graph does, and is held to FP32 in every layer that
     touches one of its FP32 tensors: such a layer would otherwise be free to round what it is given, the grid
-    of a GridSample say. In a graph with integers it is held to half precision where the graph resamples
-    between pixels: it would move quantisation to before a Resize (NVIDIA/TensorRT issue 2976) and find that
-    it has no INT8 kernel for one that computes new pixels.
+    of a GridSample say.
     """
     types = element_types(model)
     kinds = set(types.values())
@@ -347,17 +345,11 @@ def mark_precision(trt: Any, network: Any, options: Any, model: onnx.ModelProto)
         return 0
     options.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
     as_they_are = {getattr(trt.LayerType, name, None) for name in _AS_THEY_ARE}
-    between = _resampled(model) if flags["INT8"] and flags["FP16"] else frozenset()
     pinned = 0
     for layer in map(network.get_layer, range(network.num_layers)):
         outputs = [layer.get_output(place) for place in range(layer.num_outputs)]
         inputs = [layer.get_input(place) for place in range(layer.num_inputs)]
         touched = {types.get(tensor.name) for tensor in inputs + outputs if tensor is not None}
-        if any(tensor.name in between for tensor in outputs) and TensorProto.FLOAT not in touched:
-            layer.precision = trt.float16
-            layer.set_output_type(0, trt.float16)
-            pinned += 1
-            continue
         if layer.type in as_they_are or TensorProto.FLOAT not in touched:
             continue
         layer.precision = trt.float32
@@ -366,16 +358,6 @@ def mark_precision(trt: Any, network: Any, options: Any, model: onnx.ModelProto)
             if types.get(tensor.name) == TensorProto.FLOAT:
                 layer.set_output_type(place, trt.float32)
     return pinned
-
-
-def _resampled(model: onnx.ModelProto) -> frozenset[str]:
-    """What Resize gives that computes new pixels, not only repeats them."""
-    modes = {
-        node.output[0]: next((each.s for each in node.attribute if each.name == "mode"), b"nearest")
-        for node in model.graph.node
-        if node.op_type == "Resize"
-    }
-    return frozenset(name for name, mode in modes.items() if mode != b"nearest")
 
 
 def _monitor(trt: Any) -> Any:

@@ -6,6 +6,9 @@
                      time writes them (pytorch-quantization, `TensorQuantizer`). Constants stored as INT8
                      are new in 8.6, and what merges or rearranges weights there wants floating point
     scales           of Q and DQ in FP32
+    resizing         a Q behind a Resize is kept there by a Max of the tensor and itself, which is the tensor.
+                     TensorRT would move it before the Resize, to resize in INT8 (NVIDIA/TensorRT issue 2976),
+                     and then finds no kernel
 
 Knows ONNX and what TensorRT 8.6 refuses; knows no TensorRT.
 """
@@ -26,14 +29,17 @@ _QUANTISING = ("QuantizeLinear", "DequantizeLinear")
 
 
 def adapted(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph without InstanceNormalization and without constants in INT8; the given one is left alone.
+    """The graph without InstanceNormalization, constants in INT8, and Q right behind Resize; the given one is
+    left alone.
 
     Node, input and output names stay, and so do types.
     Raises EngineError for a normalisation whose size or weights are not known beforehand.
     """
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    resized = _resized(model)
     if not any(
-        each.op_type == "InstanceNormalization" or _integers(each, stored) for each in model.graph.node
+        each.op_type == "InstanceNormalization" or _integers(each, stored) or _quantises(each, resized)
+        for each in model.graph.node
     ):
         return model
     return _Adapter(copy_of(model)).write()
@@ -67,12 +73,14 @@ class _Adapter:
 
     def write(self) -> onnx.ModelProto:
         graph = self._model.graph
-        matrices = self._matrices()
+        matrices, resized = self._matrices(), _resized(self._model)
         for node in graph.node:
             if node.op_type == "InstanceNormalization":
                 self._normalise(node)
             elif _integers(node, self._stored):
                 self._weights(node, transposed=node.output[0] in matrices)
+            elif _quantises(node, resized):
+                self._stay(node)
             else:
                 self._nodes.append(copy_of(node))
         ends = {value.name for value in graph.output}
@@ -121,6 +129,12 @@ class _Adapter:
             self._nodes.append(
                 helper.make_node("Transpose", [back.output[0]], [name], f"{name}.columns", perm=(1, 0))
             )
+
+    def _stay(self, node: onnx.NodeProto) -> None:
+        """A QuantizeLinear that is not moved before the Resize it takes: behind something that is."""
+        back = copy_of(node)
+        back.input[0] = self._add("Max", [node.input[0]] * 2, f"{node.output[0]}.stay")
+        self._nodes.append(back)
 
     def _normalise(self, node: onnx.NodeProto) -> None:
         """(x − mean) / √(variance + ε) × scale + bias, over all but the first two axes, in FP32.
@@ -180,6 +194,14 @@ def _integers(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> b
         return False
     zeros = [numpy_helper.to_array(stored[name]) for name in node.input[2:] if name in stored]
     return stored[node.input[0]].data_type == TensorProto.INT8 and not any(zero.any() for zero in zeros)
+
+
+def _resized(model: onnx.ModelProto) -> frozenset[str]:
+    return frozenset(node.output[0] for node in model.graph.node if node.op_type == "Resize")
+
+
+def _quantises(node: onnx.NodeProto, names: frozenset[str]) -> bool:
+    return node.op_type == "QuantizeLinear" and node.input[0] in names
 
 
 def _in_fp32(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:

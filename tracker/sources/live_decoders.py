@@ -40,8 +40,8 @@ BYTES_PER_STREAM = 48 << 20
 AHEAD = 4
 
 # A process that is silent so long hangs: it says every second that it does not. One that starts loads torch
-# and CUDA first, and while a decoder is made nothing else runs in its process: a dozen of them, beside those of
-# seven other processes, were silent for more than 10 s.
+# and CUDA first, and while NVDEC makes a decoder nothing else runs there: with a dozen to make, beside seven
+# other processes, one was silent for more than 10 s.
 _MUTE_SECONDS, _START_SECONDS = 10.0, 90.0
 _TICK_SECONDS = 0.2  # how soon it is noticed that a source shall stop
 _LEAVE_SECONDS = 2.0
