@@ -474,6 +474,17 @@ class TestDetectionsAsSets:
         one, other = (detections((10, 10, 20, 40, 0.9), label=label) for label in (0, 1))
         assert compare_detections(clip_of(one), clip_of(other)).same == 0
 
+    @pytest.mark.parametrize(("by", "same"), [(0.0, 1.0), (np.pi, 1.0), (0.5, 0.0)])
+    def test_rotated_boxes_overlap_as_they_lie(self, by: float, same: float) -> None:
+        """80×10 pixels, turned by 0.3 radians and a little more; the second is below the threshold."""
+        upright = detections((10, 10, 80, 10, 0.9), (10, 90, 80, 10, 0.2))
+        one, other = (
+            dataclasses.replace(upright, angle=np.array([angle, 0.0], np.float32))
+            for angle in (0.3, 0.3 + by)
+        )
+        parity = compare_detections(clip_of(one), clip_of(other))
+        assert (parity.same, parity.reference) == (same, 1)
+
     def test_nothing_at_all(self) -> None:
         parity = compare_detections(clip_of(detections()), clip_of(detections()))
         assert (parity.same, parity.reference, parity.equal.recall) == (1.0, 0, 0.0)

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.boxes import iou
+from tracker.boxes import iou, rotated_iou, turned
 from tracker.errors import ConfigError, SourceError
-from tracker.matching import Indices, Pairs, assign, overlaps
+from tracker.matching import Indices, Pairs, assign, overlaps, turned_overlaps
 from tracker.pipeline import Feed, batches
 from tracker.sources import open_source
 from tracker.types import Detections, Frame, Frontend, Pending, Tracks
@@ -275,8 +275,12 @@ def check_frames(one: Sequence[int], other: Sequence[int]) -> None:
 
 def pair(one: Detections | Tracks, other: Detections | Tracks, least: float) -> tuple[Indices, Indices]:
     """Rows of one label that overlap by at least `least`, one to one, for the greatest sum of overlaps."""
-    near = overlaps(one.xyxy, other.xyxy)
-    shared = iou(one.xyxy[near.row].astype(np.float64), other.xyxy[near.column].astype(np.float64))
+    if one.angle is not None and other.angle is not None:
+        near = turned_overlaps(_turned(one), _turned(other))
+        shared = 1.0 - near.cost
+    else:
+        near = overlaps(one.xyxy, other.xyxy)
+        shared = iou(one.xyxy[near.row].astype(np.float64), other.xyxy[near.column].astype(np.float64))
     alike = (one.label[near.row] == other.label[near.column]) & (shared >= least) & (shared > 0)
     pairs = Pairs(near.row, near.column, 1.0 - shared).keep(alike)
     return assign(pairs, 1.0, len(one), len(other))
@@ -302,8 +306,15 @@ def _take(found: Detections, rows: Indices) -> Detections:
         score=found.score[rows],
         label=found.label[rows],
         embedding=None if found.embedding is None else found.embedding[rows],
+        angle=None if found.angle is None else found.angle[rows],
         mask=None if found.mask is None else found.mask[rows],
     )
+
+
+def _turned(found: Detections | Tracks) -> Floats:
+    """(N, 5) cxcywhr of rotated boxes."""
+    assert found.angle is not None
+    return turned(found.xyxy.astype(np.float64), found.angle.astype(np.float64))
 
 
 def _count(findings: Findings, conf: float) -> int:
@@ -335,7 +346,10 @@ def _curve(
     scores, right = [], []
     for here, objects in zip(found, truth, strict=True):
         order = np.argsort(-here.score, kind="stable")
-        shared = iou(here.xyxy[order][:, None].astype(np.float64), objects.xyxy[None].astype(np.float64))
+        if here.angle is not None and objects.angle is not None:
+            shared = rotated_iou(_turned(here)[order][:, None], _turned(objects)[None])
+        else:
+            shared = iou(here.xyxy[order][:, None].astype(np.float64), objects.xyxy[None].astype(np.float64))
         if by_label:
             shared = np.where(here.label[order][:, None] == objects.label[None], shared, 0.0)
         hits = np.zeros(len(order), bool)
