@@ -8,7 +8,8 @@
     scales           of Q and DQ in FP32
     resizing         a Q behind a Resize is kept there by a Max of the tensor and itself, which is the tensor.
                      TensorRT would move it before the Resize, to resize in INT8 (NVIDIA/TensorRT issue 2976),
-                     and then finds no kernel
+                     and then finds no kernel. What is only added to something, as in feature pyramids, is
+                     added unquantised
 
 Knows ONNX and what TensorRT 8.6 refuses; knows no TensorRT.
 """
@@ -73,8 +74,15 @@ class _Adapter:
 
     def write(self) -> onnx.ModelProto:
         graph = self._model.graph
+        self._add_unquantised()
         matrices, resized = self._matrices(), _resized(self._model)
+        needed = {value.name for value in graph.output}
+        for node in reversed(graph.node):
+            if needed.intersection(node.output):
+                needed.update(node.input)
         for node in graph.node:
+            if not needed.intersection(node.output):
+                continue  # Q and DQ of what is added without them
             if node.op_type == "InstanceNormalization":
                 self._normalise(node)
             elif _integers(node, self._stored):
@@ -129,6 +137,21 @@ class _Adapter:
             self._nodes.append(
                 helper.make_node("Transpose", [back.output[0]], [name], f"{name}.columns", perm=(1, 0))
             )
+
+    def _add_unquantised(self) -> None:
+        """Additions of a Resize's answer, without the Q and DQ between."""
+        makers = {name: node for node in self._model.graph.node for name in node.output}
+        chain = ("DequantizeLinear", "QuantizeLinear", "Resize")
+        for node in self._model.graph.node:
+            for place, name in enumerate(node.input if node.op_type == "Add" else ()):
+                steps = []
+                while (
+                    len(steps) < len(chain) and name in makers and makers[name].op_type == chain[len(steps)]
+                ):
+                    steps.append(makers[name])
+                    name = makers[name].input[0]
+                if len(steps) == len(chain):
+                    node.input[place] = steps[-1].output[0]
 
     def _stay(self, node: onnx.NodeProto) -> None:
         """A QuantizeLinear that is not moved before the Resize it takes: behind something that is."""
