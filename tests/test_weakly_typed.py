@@ -203,12 +203,11 @@ class TestWeights:
 
 
 class TestResizing:
-    @pytest.mark.parametrize("mode", ["nearest", "linear"])
     @pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
-    def test_comes_before_the_quantisation_behind_it(self, rtx: Any, mode: str, half: bool) -> None:
+    def test_comes_before_the_quantisation_behind_it(self, rtx: Any, half: bool) -> None:
         nodes = [
             node("Conv", ["x", "w"], "coarse", pads=[1, 1, 1, 1]),
-            node("Resize", ["coarse", "", "twice"], "enlarged", mode=mode),
+            node("Resize", ["coarse", "", "twice"], "enlarged", mode="nearest"),
             node("Conv", ["enlarged", "w"], "finer", pads=[1, 1, 1, 1]),
             node("Conv", ["finer", "w"], "y", pads=[1, 1, 1, 1]),
         ]
@@ -218,6 +217,23 @@ class TestResizing:
         assert makers[barrier.input[0]].op_type == "Resize"
         assert makers[makers["finer"].input[0]].op_type == "DequantizeLinear"
         self.compare(model, written, half)
+
+    @pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
+    def test_between_pixels_is_convolved_as_it_is(self, rtx: Any, half: bool) -> None:
+        """The weights stay what they were rounded to."""
+        nodes = [
+            node("Conv", ["x", "w"], "coarse", pads=[1, 1, 1, 1]),
+            node("Resize", ["coarse", "", "twice"], "enlarged", mode="linear"),
+            node("Conv", ["enlarged", "w"], "finer", pads=[1, 1, 1, 1]),
+            node("Conv", ["finer", "w"], "y", pads=[1, 1, 1, 1]),
+        ]
+        model, written = self.quantised(nodes, half)
+        makers = {name: each for each in written.graph.node for name in each.output}
+        stored = {each.name: each.data_type for each in written.graph.initializer}
+        assert makers["finer"].input[0] == "enlarged"
+        assert stored[makers["finer"].input[1]] == (TensorProto.FLOAT16 if half else TensorProto.FLOAT)
+        assert not {"Max"} & {each.op_type for each in written.graph.node}
+        self.compare(model, written, half, atol=0.1)
 
     @pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
     def test_of_a_feature_pyramid_is_added_as_it_is(self, rtx: Any, half: bool) -> None:

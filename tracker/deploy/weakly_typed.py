@@ -6,10 +6,10 @@
                      time writes them (pytorch-quantization, `TensorQuantizer`). Constants stored as INT8
                      are new in 8.6, and what merges or rearranges weights there wants floating point
     scales           of Q and DQ in FP32
-    resizing         a Q behind a Resize is kept there by a Max of the tensor and itself, which is the tensor.
-                     TensorRT would move it before the Resize, to resize in INT8 (NVIDIA/TensorRT issue 2976),
-                     and then finds no kernel. What is only added to something, as in feature pyramids, is
-                     added unquantised
+    resizing         TensorRT would move a Q behind a Resize to before it, to resize in INT8 (NVIDIA/TensorRT
+                     issue 2976), and then finds no kernel. So what is only added, as in feature pyramids, is
+                     added unquantised; what is interpolated is convolved unquantised; and before any other Q
+                     stands a Max of the tensor and itself, which is the tensor
 
 Knows ONNX and what TensorRT 8.6 refuses; knows no TensorRT.
 """
@@ -74,7 +74,7 @@ class _Adapter:
 
     def write(self) -> onnx.ModelProto:
         graph = self._model.graph
-        self._add_unquantised()
+        self._behind_resizes()
         matrices, resized = self._matrices(), _resized(self._model)
         needed = {value.name for value in graph.output}
         for node in reversed(graph.node):
@@ -138,20 +138,34 @@ class _Adapter:
                 helper.make_node("Transpose", [back.output[0]], [name], f"{name}.columns", perm=(1, 0))
             )
 
-    def _add_unquantised(self) -> None:
-        """Additions of a Resize's answer, without the Q and DQ between."""
+    def _behind_resizes(self) -> None:
+        """Additions of what a Resize gives, and convolutions of what it interpolates, without the Q and DQ
+        between."""
         makers = {name: node for node in self._model.graph.node for name in node.output}
         chain = ("DequantizeLinear", "QuantizeLinear", "Resize")
         for node in self._model.graph.node:
-            for place, name in enumerate(node.input if node.op_type == "Add" else ()):
-                steps = []
+            for place, name in enumerate(node.input):
+                steps: list[onnx.NodeProto] = []
                 while (
                     len(steps) < len(chain) and name in makers and makers[name].op_type == chain[len(steps)]
                 ):
                     steps.append(makers[name])
                     name = makers[name].input[0]
-                if len(steps) == len(chain):
+                if len(steps) < len(chain):
+                    continue
+                if node.op_type == "Add":
                     node.input[place] = steps[-1].output[0]
+                if node.op_type == "Conv" and place == 0 and _interpolates(steps[-1]):
+                    node.input[0] = steps[-1].output[0]
+                    if (back := makers.get(node.input[1])) is not None and _integers(back, self._stored):
+                        self._unquantise(node, back)
+
+    def _unquantise(self, node: onnx.NodeProto, back: onnx.NodeProto) -> None:
+        """A convolution's weights as numbers, of the kind of what it convolves."""
+        kind = helper.tensor_dtype_to_np_dtype(self._types[node.input[0]])
+        integers, scale = (numpy_helper.to_array(self._stored[name]) for name in back.input[:2])
+        steps = scale.astype(np.float32).reshape(-1, *(1,) * (integers.ndim - 1) * scale.ndim)
+        node.input[1] = self._constant(f"{node.name}.weight.numbers", (integers * steps).astype(kind))
 
     def _stay(self, node: onnx.NodeProto) -> None:
         """A QuantizeLinear that is not moved before the Resize it takes: behind something that is."""
@@ -221,6 +235,11 @@ def _integers(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> b
 
 def _resized(model: onnx.ModelProto) -> frozenset[str]:
     return frozenset(node.output[0] for node in model.graph.node if node.op_type == "Resize")
+
+
+def _interpolates(resize: onnx.NodeProto) -> bool:
+    mode = next((each.s for each in resize.attribute if each.name == "mode"), b"nearest")
+    return bool(mode != b"nearest")
 
 
 def _quantises(node: onnx.NodeProto, names: frozenset[str]) -> bool:
