@@ -76,6 +76,7 @@ NETWORKS = {
         size=(640, 640),
         classes=("head.cls_preds.0.weight", 0),
         brightest=255.0,
+        settle=yolox.settle,
     ),
     "rtmdet": Network(
         title="RTMDet",
