@@ -495,7 +495,7 @@ def test_memory_that_processes_cannot_share_is_told(
 
 @pytest.mark.parametrize(
     ("streams", "cores", "processes"),
-    [(1, 64, 0), (2, 16, 0), (3, 16, 1), (8, 16, 1), (9, 16, 2), (32, 16, 4), (64, 16, 4), (32, 2, 0)],
+    [(1, 64, 0), (2, 16, 0), (3, 16, 1), (16, 16, 1), (17, 16, 2), (32, 16, 2), (96, 16, 4), (32, 2, 0)],
 )
 def test_processes_are_used_where_they_pay(streams: int, cores: int, processes: int) -> None:
     assert processes_for(streams, cores) == processes

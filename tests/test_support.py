@@ -155,8 +155,9 @@ def test_a_row_says_what_went_well_and_a_note_what_did_not() -> None:
     ]
     text = table(merged(reports))
     assert (
-        "| YOLOX-s 640×640 | 36 MB | yes | FP32, FP16, INT8 | 0.50 / 1.25 | no [1] | – | TensorRT FP16 |"
-    ) in text
+        "| YOLOX-s 640×640 | 36 MB | yes | FP32, FP16, INT8 | 0.50 / 1.25 (0.60 / 1.50) | no [1] | – |"
+        in text
+    )
     assert "1. YOLOX-s, tensorrt fp16: EngineError: no way" in text
 
 

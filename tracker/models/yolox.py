@@ -39,8 +39,8 @@ VARIANTS = {
 
 
 def settle(model: YOLOX, images: Tensor) -> None:
-    """Scale random weights so that boxes deviate by 1 before decoding: widths are powers of e. Of pictures that
-    are large and coarse, to which a random network answers a hundred times as strongly.
+    """Scale random weights so that boxes deviate by 1 before decoding: widths are powers of e. On large,
+    coarse pictures, to which a random network answers a hundred times as strongly.
     """
     boxes = model(nn.functional.interpolate(images, scale_factor=8.0))["output"][..., :4]
     for weight in model.head.reg_preds.parameters():
