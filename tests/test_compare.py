@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import json
 import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -593,6 +594,16 @@ class TestReceipt:
         measured = receipt.measures()
         assert measured["pixels"] == measured["detections"] == measured["tracks"] == measured["hota"] == 0
         assert (receipt.first, receipt.search, receipt.notes) == ([], None, [])
+
+    def test_trackeval_is_asked_for_before_the_work(
+        self, files: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "trackeval", None)
+        sides = open_sides(files / "small.pth", files / "small.onnx")
+        steps: list[str] = []
+        with pytest.raises(ConfigError, match=r"needs TrackEval .*pip install 'tracker\[eval\]'"):
+            compare_sides(*sides, str(CLIP), on_step=lambda what, share: steps.append(what))
+        assert steps == []
 
     def test_logits_and_peaks(self, checkpoint: Path, tmp_path: Path) -> None:
         """A checkpoint gives logits, the shipped export peaks: a fault before them is found all the same."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from tracker.evaluation.boxes import PEDESTRIAN, detect_rule
 from tracker.evaluation.report import Benchmark, Format, Report, Rule, Scores, SequenceReport
-from tracker.evaluation.scoring import evaluate
+from tracker.evaluation.scoring import evaluate, trackeval_module
 from tracker.evaluation.sequences import Pair, find_pairs
 
 __all__ = [
@@ -28,4 +28,5 @@ __all__ = [
     "detect_rule",
     "evaluate",
     "find_pairs",
+    "trackeval_module",
 ]

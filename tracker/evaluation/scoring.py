@@ -52,7 +52,7 @@ def evaluate(
         )
     if not pairs or len({pair.name for pair in pairs}) < len(pairs):
         raise ConfigError(f"sequences need names of their own, got {[pair.name for pair in pairs]}")
-    trackeval = _import_trackeval()
+    trackeval = trackeval_module()
     quiet = {"PRINT_CONFIG": False}
     metrics = {
         "HOTA": trackeval.metrics.HOTA(),
@@ -88,8 +88,11 @@ def _scores(raw: dict[str, dict[str, Any]], format: Format) -> Scores:
     return percent | {name: int(raw["CLEAR"][field]) for name, field in _COUNTS.items()}
 
 
-def _import_trackeval() -> Any:
-    """TrackEval, imported late because it is an extra and takes most of a second."""
+def trackeval_module() -> Any:
+    """TrackEval, imported late because it is an extra and takes most of a second. Ask before long work.
+
+    Raises ConfigError where it is not installed.
+    """
     try:
         with warnings.catch_warnings(), redirect_stdout(StringIO()):
             warnings.simplefilter("ignore")

@@ -31,7 +31,7 @@ from tracker.deploy.parity.detections import (
 )
 from tracker.deploy.parity.tracks import follow, score, truth_of
 from tracker.errors import ConfigError
-from tracker.evaluation import Benchmark, Scores
+from tracker.evaluation import Benchmark, Scores, trackeval_module
 from tracker.frontends import FRONTENDS
 from tracker.frontends.detector import Detector
 from tracker.manifest import Manifest
@@ -96,8 +96,9 @@ class Judge:
         cls, model: onnx.ModelProto, manifest: Manifest, config: JudgeConfig, on_frames: Told | None = None
     ) -> Judge:
         """Watch the clip with the FP32 network. Raises as `watch` and `score` do, ConfigError for a clip with
-        nothing to track.
+        nothing to track and without TrackEval.
         """
+        trackeval_module()
         with opened(model, manifest, config) as frontend:
             found = watch(frontend, config.clip, max_frames=config.max_frames, on_frames=on_frames)
         tracker = config.tracker or ("jde" if found.embeds else "byte")

@@ -29,7 +29,7 @@ from tracker.deploy.parity.tensors import Comparison, compare, explain
 from tracker.deploy.parity.tracks import compare_tracks, follow, score, truth_of
 from tracker.deploy.plan import BuildConfig
 from tracker.errors import ConfigError, SourceError, TrackerError
-from tracker.evaluation import Benchmark
+from tracker.evaluation import Benchmark, trackeval_module
 from tracker.frontends import FRONTENDS
 from tracker.frontends.fairmot import peak_scores
 from tracker.frontends.preprocess import Preprocessor
@@ -90,9 +90,11 @@ def compare_sides(
     """The receipt of two sides on one clip (anything `open_source` takes).
 
     Where one side cannot be run to the end, what is known so far is kept and a note says why.
-    Raises ConfigError for sides that have nothing in common, SourceError for a clip that cannot be read.
+    Raises ConfigError for sides that have nothing in common and where TrackEval is missing, SourceError for a
+    clip that cannot be read.
     """
     config, tell = config or CompareConfig(), on_step or (lambda what, share: None)
+    trackeval_module()
     if a.manifest.names != b.manifest.names:
         raise ConfigError(
             f"the classes differ: {_some(a.manifest.names)} and {_some(b.manifest.names)}; correct a manifest"
