@@ -12,13 +12,17 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import onnx
 import pytest
 from conftest import ROOT
 from support_steps import do, product
 
+from tracker.deploy.build import Built, build
 from tracker.deploy.detectors import DetectorExport, export_detector
 from tracker.deploy.export import Export, generated_frames
+from tracker.deploy.refusals import NoKernelError
 from tracker.deploy.support import systems
 from tracker.deploy.support.report import BEGIN, END, block, merged, table, with_block
 from tracker.deploy.support.schedule import Found, Plan, Results, measure
@@ -65,6 +69,32 @@ def test_a_system_goes_from_weights_to_tracks(config: StepsConfig, monkeypatch: 
     except EngineError as error:
         pytest.skip(str(error))
     assert run_step("yolox-s", "tensorrt_rtx int8", config)["mb"] > 0
+
+
+def test_layers_that_tensorrt_has_no_kernel_for_are_left_out(
+    config: StepsConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The builder refuses two layers, one after the other, by their names; without both it builds."""
+    monkeypatch.setitem(systems.SYSTEMS, "yolox-s", small("yolox-s"))
+    for step in ("export", "onnx", "int8"):
+        run_step("yolox-s", step, config)
+    refused = ["head.stems.0.conv", "head.stems.1.conv"]
+    quantised = []
+
+    def builder(source: Path, out: Path, *args: Any, **more: Any) -> Built:
+        weights = {node.input[1] for node in onnx.load(source).graph.node if node.op_type == "Conv"}
+        quantised.append([layer for layer in refused if f"{layer}.weight.dq" in weights])
+        if quantised[-1]:
+            raise NoKernelError("no kernel", tuple(quantised[-1][:1]))
+        return build(source, out, *args, **more)
+
+    monkeypatch.setattr("tracker.deploy.support.steps.build", builder)
+    try:
+        trt_module("tensorrt_rtx")
+    except EngineError as error:
+        pytest.skip(str(error))
+    assert run_step("yolox-s", "tensorrt_rtx int8", config)["left out"] == refused
+    assert quantised == [refused, refused[1:], []]
 
 
 @pytest.mark.parametrize("name", ["yolov5", "yolov8"])
@@ -149,16 +179,16 @@ def test_a_row_says_what_went_well_and_a_note_what_did_not() -> None:
     cpu |= {f"tensorrt_rtx {precision}": good() for precision in ("fp32", "fp16", "int8")}
     gpu = {"tensorrt fp32": good(), "run fp32": good(ms=ms), "track": good(by="tensorrt fp16")}
     gpu |= {"tensorrt fp16": {"ok": False, "seconds": 9.0, "error": "EngineError: no\nway"}}
+    gpu |= {"tensorrt int8": good(**{"left out": ["head.conv"]}), "run int8": good(ms=ms)}
     reports = [
         {"systems": {"yolox-s": {"title": "YOLOX-s", "size": [640, 640], "steps": steps}}}
         for steps in (cpu, gpu)
     ]
     text = table(merged(reports))
-    assert (
-        "| YOLOX-s 640×640 | 36 MB | yes | FP32, FP16, INT8 | 0.50 / 1.25 (0.60 / 1.50) | no [1] | – |"
-        in text
-    )
+    engines = "0.50 / 1.25 (0.60 / 1.50) | no [1] | 0.50 / 1.25 (0.60 / 1.50) [2] | TensorRT FP16 |"
+    assert f"| YOLOX-s 640×640 | 36 MB | yes | FP32, FP16, INT8 | {engines}" in text
     assert "1. YOLOX-s, tensorrt fp16: EngineError: no way" in text
+    assert "2. YOLOX-s, int8: TensorRT has no kernel for head.conv; in half precision" in text
 
 
 def test_the_readme_has_the_table_that_was_measured() -> None:

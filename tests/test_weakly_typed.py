@@ -21,7 +21,7 @@ from tracker.deploy.islands import precision_of
 from tracker.deploy.plan import BuildConfig, _Compilation, compile_plan
 from tracker.deploy.precision import to_half
 from tracker.deploy.quantise import Quantiser
-from tracker.deploy.refusals import left_out, quantised_near
+from tracker.deploy.refusals import quantised_near, refused
 from tracker.deploy.weakly_typed import adapted, scales_in_fp32
 from tracker.errors import EngineError
 
@@ -301,15 +301,15 @@ class TestRefusals:
         assert quantised_near(model, said) == layers
 
     def test_become_an_option_of_calibration(self, model: onnx.ModelProto) -> None:
-        words = left_out(model, "Could not find any implementation for node coarser.")
-        assert words is not None
-        assert words.startswith(
-            "leave out what it names with tools/calibrate.py … --keep head/conv, or build"
+        error = refused(model, "Could not find any implementation for node coarser.", "no engine")
+        assert error is not None and error.keep == ("head/conv",)
+        assert str(error).startswith(
+            "no engine: leave out what it names with tools/calibrate.py … --keep head/conv, or build"
         )
-        words = left_out(model, "Assertion dt1 == DataType::kFLOAT failed")
-        assert words is not None
-        assert words.startswith(
-            "it names no layer: leave some out with --keep of tools/calibrate.py, half of"
+        error = refused(model, "Assertion dt1 == DataType::kFLOAT failed", "no engine")
+        assert error is not None and error.keep == ()
+        assert str(error).startswith(
+            "no engine: it names no layer: leave some out with --keep of tools/calibrate.py, half of"
         )
 
     def test_of_something_else_stay_what_they_are(self, rtx: Any) -> None:

@@ -22,7 +22,7 @@ import torch
 from onnx import TensorProto
 
 from tracker.deploy.islands import element_types, precision_of
-from tracker.deploy.refusals import left_out
+from tracker.deploy.refusals import refused
 from tracker.deploy.weakly_typed import adapted, scales_in_fp32
 from tracker.errors import ConfigError, EngineError
 from tracker.manifest import Batch, Builder
@@ -289,13 +289,10 @@ class _Compilation:
 
     def _unbuilt(self) -> EngineError:
         """Why there is no plan; of a quantised graph, which layers to leave as they were."""
+        what = f"{self._name} cannot build the graph in INT8 ({self._messages.reason()})"
         quantised = precision_of(self._model) == "int8"
-        advice = left_out(self._model, "\n".join(self._messages.errors)) if quantised else None
-        if advice is None:
-            return self._error("cannot build the graph")
-        return EngineError(
-            f"{self._name} cannot build the graph in INT8 ({self._messages.reason()}): {advice}"
-        )
+        refusal = refused(self._model, "\n".join(self._messages.errors), what) if quantised else None
+        return refusal or self._error("cannot build the graph")
 
     @property
     def _name(self) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import onnx
 
+from tracker.errors import EngineError
+
 _NAMED = 4  # layers; more are no advice
 # What TensorRT says where it has no INT8 kernel, or takes a layer for one that has.
 _ABOUT_KERNELS = re.compile(
@@ -19,25 +21,39 @@ _ABOUT_KERNELS = re.compile(
 )
 
 
-def left_out(model: onnx.ModelProto, said: str) -> str | None:
-    """What its user can do about an INT8 graph that TensorRT refuses with these words.
+class NoKernelError(EngineError):
+    """TensorRT has no kernels for a quantised graph. keep: patterns of layers to leave as they were, for
+    `CalibrationConfig.keep`; empty where it names none.
+    """
 
-    None where they are about something else: memory, an operator, a size.
+    def __init__(self, words: str, keep: tuple[str, ...]) -> None:
+        super().__init__(words)
+        self.keep = keep
+
+
+def refused(model: onnx.ModelProto, said: str, what: str) -> NoKernelError | None:
+    """The error of an INT8 graph that TensorRT refuses with these words, with what its user can do about it.
+
+    what: of the error, before the advice. None where the words are about something else: memory, an operator,
+    a size.
     """
     if not _ABOUT_KERNELS.search(said):
         return None
     named = quantised_near(model, said)
-    if not named:
-        return (
+    keep = tuple(_pattern(name) for name in named[:_NAMED])
+    if not keep:
+        advice = (
             "it names no layer: leave some out with --keep of tools/calibrate.py, half of them at a time, or "
             "build the graph in fp32 with --precision fp16"
         )
-    keep = " ".join(f"--keep {shlex.quote(_pattern(name))}" for name in named[:_NAMED])
+        return NoKernelError(f"{what}: {advice}", keep)
+    options = " ".join(f"--keep {shlex.quote(each)}" for each in keep)
     more = f" (and {len(named) - _NAMED} more)" if len(named) > _NAMED else ""
-    return (
-        f"leave out what it names with tools/calibrate.py … {keep}{more}, or build the graph in fp32 with "
+    advice = (
+        f"leave out what it names with tools/calibrate.py … {options}{more}, or build the graph in fp32 with "
         "--precision fp16"
     )
+    return NoKernelError(f"{what}: {advice}", keep)
 
 
 def quantised_near(model: onnx.ModelProto, said: str) -> list[str]:

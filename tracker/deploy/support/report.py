@@ -53,8 +53,8 @@ def merged(reports: Sequence[Report]) -> dict[str, Any]:
 
 
 def table(systems: dict[str, Any]) -> str:
-    """A row per system, in the order of `SYSTEMS`, then the words of what failed."""
-    failures: list[str] = []
+    """A row per system, in the order of `SYSTEMS`, then the words of what failed or is not as asked for."""
+    notes: list[str] = []
     rows = [
         "| | export | ONNX Runtime | TensorRT-RTX | TensorRT FP32 | FP16 | INT8 | tracked by |",
         "|---|---|---|---|---|---|---|---|",
@@ -65,8 +65,15 @@ def table(systems: dict[str, Any]) -> str:
         steps, (width, height) = systems[name]["steps"], systems[name]["size"]
         size = f"{steps['export']['mb']:.0f} MB" if steps.get("export", {}).get("ok") else ""
         inside = f" ({system.stands_in} inside)" if system.stands_in else ""
-        say = _Row(system.title, steps, failures).say
-        engines = [say(f"tensorrt {p}", f"run {p}", words=_ms(steps, p)) for p in PRECISIONS]
+        say = _Row(system.title, steps, notes).say
+        engines = [
+            say(
+                f"tensorrt {p}",
+                f"run {p}",
+                words=f"{_ms(steps, p)}{_left_out(system.title, steps, p, notes)}",
+            )
+            for p in PRECISIONS
+        ]
         cells = [
             f"{system.title} {width}×{height}{inside}",
             say("export", words=size),
@@ -76,8 +83,8 @@ def table(systems: dict[str, Any]) -> str:
             say("track", words=_tracked(steps)),
         ]
         rows.append(f"| {' | '.join(cells)} |")
-    notes = [f"{number}. {words}" for number, words in enumerate(failures, 1)]
-    return "\n".join([*rows, "", *notes, *([""] if notes else [])])
+    numbered = [f"{number}. {words}" for number, words in enumerate(notes, 1)]
+    return "\n".join([*rows, "", *numbered, *([""] if numbered else [])])
 
 
 def block(reports: Sequence[Report]) -> str:
@@ -140,6 +147,15 @@ def _ms(steps: Steps, precision: str) -> str:
         " / ".join(f"{stages[stage]:.2f}" for stages in times) for stage in ("inference", "all")
     )
     return f"{alone} ({everything})"
+
+
+def _left_out(title: str, steps: Steps, precision: str, notes: list[str]) -> str:
+    """The number of a note on the layers that a measured engine has not in INT8, though they were to be."""
+    layers = steps.get(f"tensorrt {precision}", {}).get("left out", ())
+    if not layers or not steps.get(f"run {precision}", {}).get("ok"):
+        return ""
+    notes.append(f"{title}, {precision}: TensorRT has no kernel for {', '.join(layers)}; in half precision")
+    return f" [{len(notes)}]"
 
 
 def _tracked(steps: Steps) -> str:

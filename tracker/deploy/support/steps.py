@@ -30,10 +30,11 @@ from tracker import engine_times
 from tracker import manifest as manifests
 from tracker.api import track
 from tracker.deploy.build import build
-from tracker.deploy.calibration.calibrate import CalibrationConfig, calibrate
+from tracker.deploy.calibration.calibrate import Calibrated, CalibrationConfig, calibrate
 from tracker.deploy.export import frames_of, generated_frames, inputs_of
 from tracker.deploy.feeds import Feeds
 from tracker.deploy.plan import BuildConfig, builder_held
+from tracker.deploy.refusals import NoKernelError
 from tracker.deploy.support.schedule import Found, Plan
 from tracker.deploy.support.systems import system_of
 from tracker.engine import open_runtime
@@ -50,6 +51,7 @@ CONF = 0.05  # of tracking: scores of random weights are what they are, of 92 cl
 FED = "fed to "  # what names of inputs begin with among arrays that are kept
 EVERY = 10  # frame of the clip is calibrated with: neighbours are too alike
 SAME = 1e-3  # greatest |TensorRT − ONNX Runtime| / |ONNX Runtime| of an output in FP32
+TRIES = 4  # of INT8, each without the layers that the one before was refused for
 ALIKE = 0.9  # least cosine of an output in FP16
 
 _HELD = ExitStack()  # builders, until the process ends: other systems' engines follow
@@ -169,10 +171,9 @@ def _onnx(name: str, config: StepsConfig) -> Found:
 
 
 def _int8(name: str, config: StepsConfig) -> Found:
-    source, out = _file(name, "export", config), _file(name, "int8", config)
-    done = calibrate(source, out, [_pictures(config)], CalibrationConfig(frames=config.frames))
+    done = _calibrated(name, config, _file(name, "int8", config))
     fed, expected = _reference(name, config)
-    answers = _answers(OnnxRuntime(out, device="cpu", lanes=1), fed)
+    answers = _answers(OnnxRuntime(_file(name, "int8", config), device="cpu", lanes=1), fed)
     _check_finite(answers)
     return {
         "frames": config.frames,
@@ -183,7 +184,13 @@ def _int8(name: str, config: StepsConfig) -> Found:
     }
 
 
+def _calibrated(name: str, config: StepsConfig, out: Path, keep: tuple[str, ...] = ()) -> Calibrated:
+    settings = CalibrationConfig(frames=config.frames, keep=keep)
+    return calibrate(_file(name, "export", config), out, [_pictures(config)], settings)
+
+
 def _build(name: str, builder: Builder, precision: Precision, config: StepsConfig) -> Found:
+    """In INT8 without the layers that TensorRT has no kernel for, as it names them; see `TRIES`."""
     source = _file(name, "int8" if precision == "int8" else "export", config)
     out = _file(name, f"{builder} {precision}", config)
     settings: Found = {"batch": config.batch, "level": config.level, "timing_cache": config.timing_cache}
@@ -192,20 +199,29 @@ def _build(name: str, builder: Builder, precision: Precision, config: StepsConfi
         settings |= {"tactics": config.tactics, "device": index, "tf32": precision != "fp32"}
     wanted = BuildConfig(builder=builder, **settings)
     _HELD.enter_context(builder_held(wanted))
-    done = build(
-        source,
-        out,
-        wanted,
-        precision=None if precision == "fp32" else precision,
-        frames=_frames(config, 1) if config.verify and precision == "fp16" else (),
-    )
-    found = {
+    frames = _frames(config, 1) if config.verify and precision == "fp16" else ()
+    keep: tuple[str, ...] = ()
+    for left in reversed(range(TRIES)):
+        try:
+            done = build(
+                source, out, wanted, precision=None if precision == "fp32" else precision, frames=frames
+            )
+            break
+        except NoKernelError as refusal:
+            if not left or not set(refusal.keep) - set(keep):
+                raise
+            keep += refusal.keep
+            source = out.with_suffix(".kept.onnx")
+            _calibrated(name, config, source, keep)
+    found: Found = {
         "version": done.manifest.tensorrt_version,
         "build_seconds": round(done.seconds, 1),
         "mb": round(done.bytes / 1e6, 2),
     }
     if done.deform is not None:
         found["deform"] = done.deform
+    if keep:
+        found["left out"] = list(keep)
     if builder != "tensorrt":  # nothing comes after it
         out.unlink()
         manifests.beside(out).unlink()
