@@ -383,6 +383,25 @@ def test_a_process_that_is_killed_or_hangs_is_a_fault_of_its_streams_alone(
     assert set(decoding()) == before
 
 
+def test_a_process_that_opens_streams_may_be_silent(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVDEC makes a decoder without letting go of Python's lock; of many at once that takes long."""
+    monkeypatch.setattr("tracker.sources.live_decoders._MUTE_SECONDS", 1.2)
+    before = set(decoding())
+    with LiveDecoders(1, allocate=HostMemory) as decoders, ExitStack() as stack:
+        first = stack.enter_context(watched(Remote(replay(clip, loop=True), decoders)))
+        first.until(lambda: len(first.frames) > 3, seconds=30)
+        (process,) = set(decoding()) - before
+        os.kill(process, signal.SIGSTOP)
+        try:
+            second = stack.enter_context(watched(Remote(replay(clip, loop=True), decoders)))
+            time.sleep(2.5)
+        finally:
+            os.kill(process, signal.SIGCONT)
+        second.until(lambda: len(second.frames) > 3, seconds=30)
+        assert first.source.faults == second.source.faults == 0
+        assert set(decoding()) - before == {process}
+
+
 def links(decoders: LiveDecoders) -> list[dict[int, Link]]:
     return [process.links for process in decoders._running]
 
