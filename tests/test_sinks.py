@@ -137,12 +137,13 @@ def test_an_earlier_result_survives_a_failed_rerun_and_yields_to_a_whole_one(
 
 
 ENDLESS_RUN = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from results import ONE_TRACK, frame_of, masked, noise_image
 from tracker.sinks import KINDS, open_sinks
 sinks = open_sinks(KINDS, Path(sys.argv[1]), "clip", frame_rate=10)
 image, index, tracks = noise_image(0), 0, masked(ONE_TRACK)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit that it is ignored
 try:
     while True:
         for sink in sinks:
