@@ -19,6 +19,8 @@ from tracker.cli import main
 from tracker.errors import ConfigError
 from tracker.session import Options, Session
 
+pytestmark = pytest.mark.alone
+
 ABOUT = SimpleNamespace(engine_sha256="0" * 64, frontend="fake", precision="fp32", thresholds=lambda _: {})
 
 

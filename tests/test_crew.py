@@ -37,6 +37,8 @@ from tracker.session import Options, Session
 from tracker.sinks import JsonlSink, MotSink, open_sinks
 from tracker.types import Detections, Frame, Outcome, Transfers
 
+pytestmark = pytest.mark.alone
+
 Batch = tuple[list[Frame], list[Detections]]
 NAMES = ("person", "car")
 
@@ -295,7 +297,6 @@ def test_what_cannot_be_sent_leaves_no_process() -> None:
     assert not pids_of_children()
 
 
-@pytest.mark.alone
 def test_leaving_with_work_under_way_leaves_no_process() -> None:
     duties = [Duty(name=f"clip{k}", associate=partial(Slow, at=99), lines_of=(long_lines,)) for k in (0, 1)]
     given = batches(2, 2, dim=512, count=300)
@@ -306,7 +307,6 @@ def test_leaving_with_work_under_way_leaves_no_process() -> None:
     assert not pids_of_children()
 
 
-@pytest.mark.alone
 def test_a_worker_that_hangs_does_not_outlive_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tracker.children.GRACE_SECONDS", 0.2)
     with ProcessCrew([Duty(name="clip", associate=partial(Breaking, at=0))], 1) as crew:
