@@ -205,13 +205,7 @@ class TestWeights:
 class TestResizing:
     @pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
     def test_comes_before_the_quantisation_behind_it(self, rtx: Any, half: bool) -> None:
-        nodes = [
-            node("Conv", ["x", "w"], "coarse", pads=[1, 1, 1, 1]),
-            node("Resize", ["coarse", "", "twice"], "enlarged", mode="nearest"),
-            node("Conv", ["enlarged", "w"], "finer", pads=[1, 1, 1, 1]),
-            node("Conv", ["finer", "w"], "y", pads=[1, 1, 1, 1]),
-        ]
-        model, written = self.quantised(nodes, half)
+        model, written = self.quantised(self.enlarged("nearest"), half)
         makers = {name: each for each in written.graph.node for name in each.output}
         (barrier,) = (each for each in written.graph.node if each.op_type == "Max")
         assert makers[barrier.input[0]].op_type == "Resize"
@@ -221,13 +215,7 @@ class TestResizing:
     @pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
     def test_between_pixels_is_convolved_as_it_is(self, rtx: Any, half: bool) -> None:
         """The weights stay what they were rounded to."""
-        nodes = [
-            node("Conv", ["x", "w"], "coarse", pads=[1, 1, 1, 1]),
-            node("Resize", ["coarse", "", "twice"], "enlarged", mode="linear"),
-            node("Conv", ["enlarged", "w"], "finer", pads=[1, 1, 1, 1]),
-            node("Conv", ["finer", "w"], "y", pads=[1, 1, 1, 1]),
-        ]
-        model, written = self.quantised(nodes, half)
+        model, written = self.quantised(self.enlarged("linear"), half)
         makers = {name: each for each in written.graph.node for name in each.output}
         stored = {each.name: each.data_type for each in written.graph.initializer}
         assert makers["finer"].input[0] == "enlarged"
@@ -254,6 +242,14 @@ class TestResizing:
         assert before["DequantizeLinear"] - kinds["DequantizeLinear"] == 1  # and its Q; weights have one more
         assert "Max" not in kinds
         self.compare(model, written, half, atol=0.1)  # the sum is finer now than its half was
+
+    def enlarged(self, mode: str) -> list[onnx.NodeProto]:
+        return [
+            node("Conv", ["x", "w"], "coarse", pads=[1, 1, 1, 1]),
+            node("Resize", ["coarse", "", "twice"], "enlarged", mode=mode),
+            node("Conv", ["enlarged", "w"], "finer", pads=[1, 1, 1, 1]),
+            node("Conv", ["finer", "w"], "y", pads=[1, 1, 1, 1]),
+        ]
 
     def quantised(self, nodes: list[onnx.NodeProto], half: bool) -> tuple[onnx.ModelProto, onnx.ModelProto]:
         weights = {"w": numbers(4, 4, 3, 3), "twice": np.array([1, 1, 2, 2], np.float32)}

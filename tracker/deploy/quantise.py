@@ -295,6 +295,15 @@ class Quantiser:
         return helper.make_node("DequantizeLinear", names, [output], output, axis=layer.axis)
 
 
+def taken_back_weights(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> Array:
+    """What a DequantizeLinear of stored integers gives, in FP32."""
+    integers, scales = (numpy_helper.to_array(stored[name]).astype(np.float32) for name in node.input[:2])
+    axis = next((each.i for each in node.attribute if each.name == "axis"), 1)
+    shape = [-1 if each == axis % integers.ndim else 1 for each in range(integers.ndim)]
+    values: Array = integers * scales.reshape(shape if scales.ndim else ())
+    return values
+
+
 def unquantised(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph without its Q/DQ pairs, weights as the integers say, in the type of their scales.
 
@@ -324,11 +333,8 @@ def unquantised(model: onnx.ModelProto) -> onnx.ModelProto:
             instead[output] = taken_back[stored]
             continue
         taken_back[stored] = output
-        integers, scales = (numpy_helper.to_array(weights[name]) for name in node.input[:2])
-        axis = next((each.i for each in node.attribute if each.name == "axis"), 1)
-        shape = [-1 if each == axis % integers.ndim else 1 for each in range(integers.ndim)]
-        values = integers.astype(np.float32) * scales.astype(np.float32).reshape(shape if scales.ndim else ())
-        graph.initializer.append(numpy_helper.from_array(values.astype(scales.dtype), output))
+        values = taken_back_weights(node, weights).astype(numpy_helper.to_array(weights[stored[1]]).dtype)
+        graph.initializer.append(numpy_helper.from_array(values, output))
     for node in nodes:
         for index, name in enumerate(node.input):
             node.input[index] = instead.get(name, name)

@@ -24,6 +24,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tracker.deploy.islands import Array, copy_of, element_types
+from tracker.deploy.quantise import taken_back_weights
 from tracker.errors import EngineError
 
 _QUANTISING = ("QuantizeLinear", "DequantizeLinear")
@@ -114,16 +115,15 @@ class _Adapter:
         matrix is stored as PyTorch has it, output channels first, and turned behind DequantizeLinear, as the
         export of `torch.nn.Linear` does.
         """
-        tensor, scale = node.input[:2]
-        integers = numpy_helper.to_array(self._stored[tensor])
+        scale = node.input[1]
+        numbers = taken_back_weights(node, self._stored)
         steps = numpy_helper.to_array(self._stored[scale]).astype(np.float32)
-        axis = next((each.i for each in node.attribute if each.name == "axis"), 1) % integers.ndim
-        transposed = transposed and integers.ndim == 2 and steps.ndim == 1 and axis == 1
+        axis = next((each.i for each in node.attribute if each.name == "axis"), 1) % numbers.ndim
+        transposed = transposed and numbers.ndim == 2 and steps.ndim == 1 and axis == 1
         if transposed:
-            integers, axis = np.ascontiguousarray(integers.T), 0
-        shape = [-1 if each == axis else 1 for each in range(integers.ndim)] if steps.ndim else []
+            numbers, axis = np.ascontiguousarray(numbers.T), 0
         name = node.output[0]
-        values = self._constant(f"{name}.fp32", integers.astype(np.float32) * steps.reshape(shape))
+        values = self._constant(f"{name}.fp32", numbers)
         wide = self._constant(f"{name}.scale.fp32", steps)
         zero = self._constant(f"{name}.zero.int8", np.zeros(steps.shape, np.int8))
         quantised = self._add("QuantizeLinear", [values, wide, zero], f"{name}.q", axis=axis)
@@ -158,14 +158,9 @@ class _Adapter:
                 if node.op_type == "Conv" and place == 0 and _interpolates(steps[-1]):
                     node.input[0] = steps[-1].output[0]
                     if (back := makers.get(node.input[1])) is not None and _integers(back, self._stored):
-                        self._unquantise(node, back)
-
-    def _unquantise(self, node: onnx.NodeProto, back: onnx.NodeProto) -> None:
-        """A convolution's weights as numbers, of the kind of what it convolves."""
-        kind = helper.tensor_dtype_to_np_dtype(self._types[node.input[0]])
-        integers, scale = (numpy_helper.to_array(self._stored[name]) for name in back.input[:2])
-        steps = scale.astype(np.float32).reshape(-1, *(1,) * (integers.ndim - 1) * scale.ndim)
-        node.input[1] = self._constant(f"{node.name}.weight.numbers", (integers * steps).astype(kind))
+                        kind = helper.tensor_dtype_to_np_dtype(self._types[node.input[0]])
+                        numbers = taken_back_weights(back, self._stored).astype(kind)
+                        node.input[1] = self._constant(f"{node.name}.weight.numbers", numbers)
 
     def _stay(self, node: onnx.NodeProto) -> None:
         """A QuantizeLinear that is not moved before the Resize it takes: behind something that is."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,19 +67,17 @@ def table(systems: dict[str, Any]) -> str:
         size = f"{steps['export']['mb']:.0f} MB" if steps.get("export", {}).get("ok") else ""
         inside = f" ({system.stands_in} inside)" if system.stands_in else ""
         say = _Row(system.title, steps, notes).say
+        left_out = partial(_left_out, system.title, steps, notes)
         engines = [
-            say(
-                f"tensorrt {p}",
-                f"run {p}",
-                words=f"{_ms(steps, p)}{_left_out(system.title, steps, p, notes)}",
-            )
-            for p in PRECISIONS
+            say(*needed, words=f"{_ms(steps, p)}{left_out(*needed)}")
+            for p, needed in ((p, (f"tensorrt {p}", f"run {p}")) for p in PRECISIONS)
         ]
+        built = [f"tensorrt_rtx {p}" for p in PRECISIONS]
         cells = [
             f"{system.title} {width}×{height}{inside}",
             say("export", words=size),
             say("onnx", words="yes"),
-            say(*(f"tensorrt_rtx {p}" for p in PRECISIONS), words=", ".join(PRECISIONS).upper()),
+            say(*built, words=f"{', '.join(PRECISIONS).upper()}{left_out(*built)}"),
             *engines,
             say("track", words=_tracked(steps)),
         ]
@@ -149,13 +148,16 @@ def _ms(steps: Steps, precision: str) -> str:
     return f"{alone} ({everything})"
 
 
-def _left_out(title: str, steps: Steps, precision: str, notes: list[str]) -> str:
-    """The number of a note on the layers that a measured engine has not in INT8, though they were to be."""
-    layers = steps.get(f"tensorrt {precision}", {}).get("left out", ())
-    if not layers or not steps.get(f"run {precision}", {}).get("ok"):
+def _left_out(title: str, steps: Steps, notes: list[str], *needed: str) -> str:
+    """The number of a note on the layers that an INT8 engine has not in INT8, though they were to be; nothing
+    where not all of these steps went well.
+    """
+    if not all(steps.get(step, {}).get("ok") for step in needed):
         return ""
-    notes.append(f"{title}, {precision}: TensorRT has no kernel for {', '.join(layers)}; in half precision")
-    return f" [{len(notes)}]"
+    layers = {step: steps[step]["left out"] for step in needed if "left out" in steps[step]}
+    for step, names in layers.items():
+        notes.append(f"{title}, {step}: no kernel for {', '.join(names)}; in half precision")
+    return "".join(f" [{len(notes)}]" for _ in layers)
 
 
 def _tracked(steps: Steps) -> str:
