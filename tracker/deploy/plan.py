@@ -183,12 +183,13 @@ class _Compilation:
         self._lay_out(network)
         cache = self._timing_cache(options)
         serialised = builder.build_serialized_network(network, options)
-        if serialised is None:
-            raise self._unbuilt()
         if cache is not None and self._config.timing_cache is not None:
+            # of a graph that was refused as well: tried again without a layer, it is nearly all known
             measured = memoryview(options.get_timing_cache().serialize())
             with partial_file(self._config.timing_cache) as file, file.step():
                 file.write(bytes(measured))
+        if serialised is None:
+            raise self._unbuilt()
         return bytes(memoryview(serialised))
 
     def _parsed(self) -> tuple[Any, Any, EngineError | None]:

@@ -98,8 +98,10 @@ def block(reports: Sequence[Report]) -> str:
     if gpus:
         versions = sorted({result["version"] for step, result in found if step.startswith("tensorrt ")})
         apart = [max(result["relative"].values()) for step, result in found if step == "run fp32"]
+        levels = {report["settings"]["level"] for report in reports if report.get("gpu")}
+        level = "".join(f", builder level {each}" for each in sorted(levels - {None}))
         words.append(
-            f"TensorRT {', '.join(versions)} on one {', '.join(gpus)}: ms of the engine alone, batch 1 / 4, "
+            f"TensorRT {', '.join(versions)} on one {', '.join(gpus)}{level}: ms of the engine alone, batch 1 / 4, "
             "in brackets from frames to detections (Mask R-CNN's heads are in the brackets alone); "
             f"its FP32 answers lie within {max(apart, default=0.0):.1e} of ONNX Runtime's, relative to the "
             "greatest of each output."
