@@ -199,6 +199,26 @@ def test_boxes_inside_out_are_nothing_and_suppress_nothing(
     np.testing.assert_allclose(detect("rtmdet", outputs, conf=0.25).score, [0.75], rtol=1e-5)
 
 
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_boxes_inside_out_take_no_room(
+    request: pytest.FixtureRequest, place: str, multi_label: bool
+) -> None:
+    """Three of them score higher than the one real box, and there is room for two: on no device may they
+    push it out. A network with random weights answers so in most places."""
+    request.param = place
+    run: Run = run_at(request)
+    outputs = layout_of("rtmdet", "linear")
+    outputs["logits"] -= 9
+    outputs["distances"] += 1
+    outputs["distances"][0, 0, 13:16] = -2
+    outputs["logits"][0, 2, 13:16], outputs["logits"][0, 2, 60] = 3.0, HALF
+    config = {"conf": 0.25, "max_candidates": 2, "multi_label": multi_label}
+    (found,) = run(decoded, "rtmdet", outputs, config)
+    np.testing.assert_allclose(found[found[:, 4] > 0][:, 4], [0.75], rtol=1e-5)
+    np.testing.assert_allclose(detect("rtmdet", outputs, **config).score, [0.75], rtol=1e-5)
+
+
 @pytest.mark.parametrize("names", [("num_dets", "boxes", "scores", "labels"),
                                    ("num_dets", "det_boxes", "det_scores", "det_classes")])  # fmt: skip
 @pytest.mark.parametrize("frontend", ["yolov6", "yolox-end2end"])

@@ -147,16 +147,15 @@ class DenseDetector(Detector):
             chosen = (score >= config.conf) & self._wanted[label]
         row, score, label = row[chosen], score[chosen], label[chosen]
         image, place = image[row], place[row]
-        if len(row) > config.max_candidates:
-            best = strongest(score, image, config.max_candidates)
-            score, label, image, place = score[best], label[best], image[best], place[best]
         cell = self._grid[place] if len(self._grid) > 1 else self._grid.expand(len(place), -1)
         box = self._layout.boxes(raw.box[image, place].float(), cell)
         check_finite(box)
         found = torch.cat((box, torch.stack((score, label, image), dim=1)), dim=1)
         if not self.spec.rotated:
-            found = found[~_hollow(box)]
-            box, score, label, image = found[:, :4], found[:, 4], found[:, 5].long(), found[:, 6].long()
+            found = found[~_hollow(box)]  # before the strongest are taken, as on a GPU
+        if len(found) > config.max_candidates:
+            found = found[strongest(found[:, -3], found[:, -1].long(), config.max_candidates)]
+        box, score, label, image = found[:, :-3], found[:, -3], found[:, -2].long(), found[:, -1].long()
         if not self._layout.suppress:
             return found[score.argsort(descending=True, stable=True)]
         group = image * len(self.names) + label
@@ -172,22 +171,21 @@ class DenseDetector(Detector):
         box = self._layout.boxes(raw.box.float(), self._grid)  # (B, A, V)
         objectness = None if raw.objectness is None else self._activated(raw.objectness)
         score = self._score(raw.score, objectness)  # (B, A, C)
+        broken = (box * 0).sum(dim=2)  # NaN for NaN and inf, else 0
+        full = torch.ones_like(broken) if self.spec.rotated else (broken != 0) | ~_hollow(box)
         if raw.label is not None:
             score, label = score[..., 0], raw.label.long()
-            score = torch.where(self._known(label), score, 0.0)
+            score = torch.where(self._known(label), score, 0.0) * full  # NaN stays
         elif config.multi_label:
-            score = torch.where(self._wanted | score.isnan(), score, 0.0).flatten(1)
-            score, place = score.topk(min(config.max_candidates, score.shape[1]))
+            score = torch.where(self._wanted | score.isnan(), score, 0.0) * full[..., None]
+            score, place = score.flatten(1).topk(min(config.max_candidates, score[0].numel()))
             label, place = place % len(self.names), place // len(self.names)
             box = box.gather(1, place[..., None].expand(-1, -1, box.shape[2]))
+            broken = broken.gather(1, place)
         else:
             score, label = score.max(dim=2)
-            score = torch.where(self._wanted[label] | score.isnan(), score, 0.0)
-        broken = (box * 0).sum(dim=2)  # NaN for NaN and inf, else 0
-        nothing = score < config.conf
-        if not self.spec.rotated:
-            nothing |= _hollow(box) & (broken == 0)
-        score = torch.where(nothing, 0.0, score + broken)
+            score = torch.where(self._wanted[label] | score.isnan(), score, 0.0) * full
+        score = torch.where(score < config.conf, 0.0, score + broken)
         rows = torch.cat((box, torch.stack((score, label), dim=2)), dim=2)
         if not self._layout.suppress:
             return rows
