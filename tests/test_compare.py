@@ -449,6 +449,22 @@ class TestDetectionsAsSets:
         assert (parity.same, parity.missing, parity.extra, parity.first_difference) == (1.0, 0, 0, None)
         assert parity.box.max == parity.score.max == 0
 
+    def test_equal_boxes_are_told_by_their_scores(self) -> None:
+        """SOLOv2 with random weights finds many masks that reach from edge to edge: one box, many scores."""
+        place = (0, 0, 1920, 1080)
+        one = detections((*place, 0.9), (*place, 0.6), (*place, 0.7), (*place, 0.8))
+        other = detections((*place, 0.6), (*place, 0.9), (*place, 0.8), (*place, 0.7))
+        parity = compare_detections(clip_of(one), clip_of(other))
+        assert (parity.same, parity.score.max) == (1.0, 0.0)
+
+    def test_an_equal_box_with_another_score_is_another_detection(self) -> None:
+        place = (0, 0, 1920, 1080)
+        parity = compare_detections(
+            clip_of(detections((*place, 0.9), (*place, 0.8))),
+            clip_of(detections((*place, 0.8), (*place, 0.5))),
+        )
+        assert (parity.missing, parity.extra) == (1, 1)
+
     @pytest.mark.parametrize(
         ("other", "missing", "extra"),
         [
@@ -546,6 +562,18 @@ class TestTracksAsSets:
         parity = compare_tracks(one, dataclasses.replace(one, tracks=tuple(swapped)))
         assert (parity.first_difference, parity.same_tracks) == (6, 0)
         assert parity.row_share == 0.6
+
+    def test_tracks_of_equal_boxes_stay_with_each_other(self) -> None:
+        """Two that never leave one place; on one side they are listed the other way round."""
+        one = self.tracked([detections((10, 10, 30, 60, 0.9), (10, 10, 30, 60, 0.9))] * 6)
+        assert {len(each) for each in one.tracks} == {2}
+        rows = [slice(None, None, -1 if number % 2 else 1) for number in one.numbers]
+        turned = tuple(
+            dataclasses.replace(each, id=each.id[row].copy())
+            for each, row in zip(one.tracks, rows, strict=True)
+        )
+        parity = compare_tracks(one, dataclasses.replace(one, tracks=turned))
+        assert (parity.row_share, parity.track_share) == (1.0, 1.0)
 
     def test_a_track_that_ends_early(self) -> None:
         whole, cut = walk(10, 100), walk(10, 100)

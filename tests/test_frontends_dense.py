@@ -201,9 +201,7 @@ def test_boxes_inside_out_are_nothing_and_suppress_nothing(
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("multi_label", [False, True])
-def test_boxes_inside_out_take_no_room(
-    request: pytest.FixtureRequest, place: str, multi_label: bool
-) -> None:
+def test_boxes_inside_out_take_no_room(request: pytest.FixtureRequest, place: str, multi_label: bool) -> None:
     """Three of them score higher than the one real box, and there is room for two: on no device may they
     push it out. A network with random weights answers so in most places."""
     request.param = place

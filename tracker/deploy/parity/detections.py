@@ -26,6 +26,7 @@ from tracker.sources import open_source
 from tracker.types import Detections, Frame, Frontend, Pending, Tracks
 
 PAIRED = 0.5  # IoU from which two boxes are taken for one object, as in PASCAL VOC and MOTChallenge
+TIE = 1e-3  # of IoU: rounding moves a box of 20 pixels by less
 BINS = 20  # of a score histogram, from 0 to 1
 SELF_PRECISION = 0.99  # where the reference itself stands for the truth, none but itself is right throughout
 
@@ -273,26 +274,39 @@ def check_frames(one: Sequence[int], other: Sequence[int]) -> None:
         )
 
 
-def pair(one: Detections | Tracks, other: Detections | Tracks, least: float) -> tuple[Indices, Indices]:
-    """Rows of one label that overlap by at least `least`, one to one, for the greatest sum of overlaps."""
+def pair(
+    one: Detections | Tracks,
+    other: Detections | Tracks,
+    least: float,
+    *,
+    score: float = 1.0,
+    strange: Callable[[Indices, Indices], NDArray[np.bool_]] | None = None,
+) -> tuple[Indices, Indices]:
+    """Rows of one label that overlap by at least `least`, one to one, for the greatest sum of overlaps.
+
+    score: greatest difference of scores. Overlaps that differ by less than TIE are alike, as those of equal
+    boxes are: then pairs that `strange` says nothing against win, and those of like scores.
+    """
     if one.angle is not None and other.angle is not None:
         near = turned_overlaps(_turned(one), _turned(other))
         shared = 1.0 - near.cost
     else:
         near = overlaps(one.xyxy, other.xyxy)
         shared = iou(one.xyxy[near.row].astype(np.float64), other.xyxy[near.column].astype(np.float64))
-    alike = (one.label[near.row] == other.label[near.column]) & (shared >= least) & (shared > 0)
-    pairs = Pairs(near.row, near.column, 1.0 - shared).keep(alike)
-    return assign(pairs, 1.0, len(one), len(other))
+    apart = np.abs(one.score[near.row].astype(np.float64) - other.score[near.column])
+    alike = one.label[near.row] == other.label[near.column]
+    alike &= (shared >= least) & (shared > 0) & (apart <= score)
+    order = apart if strange is None else (apart + strange(near.row, near.column)) / 2
+    pairs = Pairs(near.row, near.column, 1.0 - shared + TIE * order).keep(alike)
+    return assign(pairs, 1.0 + TIE, len(one), len(other))
 
 
 def _without_same(one: Detections, other: Detections, config: MatchConfig) -> int:
     """How many confident detections of `one` have no same one among all of `other`."""
     confident = _above(one, config.conf)
     other = _above(other, config.floor)
-    row, column = pair(confident, other, config.iou)
-    same = np.abs(confident.score[row] - other.score[column]) <= config.score
-    return len(confident) - int(same.sum())
+    row, _ = pair(confident, other, config.iou, score=config.score)
+    return len(confident) - len(row)
 
 
 def _above(found: Detections, conf: float) -> Detections:

@@ -109,6 +109,8 @@ def _tracks(receipt: Receipt) -> Told | None:
         rows += [("A against the truth", scores.a), ("B against the truth", scores.b)]
     for name, row in rows:
         table.add_row(name, *(_score(row, key) for key in SHOWN))
+    if not tracks.reference + tracks.candidate:
+        return table, ["no tracks on either side: nothing is said of them"]
     return table, [
         f"{tracks.track_share:.2%} of tracks are the same ({tracks.reference} and {tracks.candidate}), "
         f"{tracks.row_share:.2%} of their rows{_first(tracks.first_difference)}"

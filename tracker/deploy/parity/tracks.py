@@ -11,17 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tracker.association import make_association
 from tracker.boxes import xywh_to_xyxy
 from tracker.deploy.parity.detections import Findings, check_frames, pair
 from tracker.errors import SourceError
 from tracker.evaluation import PEDESTRIAN, Benchmark, Scores, detect_rule, evaluate, find_pairs
+from tracker.matching import Indices
 from tracker.motchallenge import Rows, read_rows
 from tracker.sinks.mot import format_rows
 from tracker.types import Detections, Tracks
@@ -93,7 +96,7 @@ def compare_tracks(reference: Followed, candidate: Followed, *, least_iou: float
     """Which tracks and rows both have.
 
     Frame by frame, boxes that overlap by `least_iou` and have one label are paired; from the first such pair
-    on, two ids stand for each other, and for no third.
+    on, two ids stand for each other, and for no third. Of boxes that overlap alike, those are paired.
     """
     check_frames(reference.numbers, candidate.numbers)
     stands_for: dict[int, int] = {}
@@ -106,7 +109,8 @@ def compare_tracks(reference: Followed, candidate: Followed, *, least_iou: float
         ids, others = one.id.tolist(), other.id.tolist()
         seen[0].update(ids)
         seen[1].update(others)
-        row, column = pair(one, other, least_iou)
+        strange = partial(_strange, ids, others, stands_for)
+        row, column = pair(one, other, least_iou, strange=strange)
         left, right = set(ids), set(others)
         for a, b in zip(one.id[row].tolist(), other.id[column].tolist(), strict=True):
             if stands_for.setdefault(a, b) == b and taken.setdefault(b, a) == a:
@@ -196,3 +200,11 @@ def _rule_of(path: Path, rows: Rows) -> Benchmark:
 def _write_tracks(followed: Followed, path: Path) -> None:
     frames = zip(followed.numbers, followed.tracks, strict=True)
     path.write_text("".join(format_rows(number + 1, tracks) for number, tracks in frames))
+
+
+def _strange(
+    ids: list[int], others: list[int], stands_for: Mapping[int, int], row: Indices, column: Indices
+) -> NDArray[np.bool_]:
+    """Of pairs, whether they are another than before."""
+    pairs = zip(row.tolist(), column.tolist(), strict=True)
+    return np.array([stands_for.get(ids[r]) != others[c] for r, c in pairs], bool)

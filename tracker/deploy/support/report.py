@@ -101,8 +101,9 @@ def block(reports: Sequence[Report]) -> str:
         levels = {report["settings"]["level"] for report in reports if report.get("gpu")}
         level = "".join(f", builder level {each}" for each in sorted(levels - {None}))
         words.append(
-            f"TensorRT {', '.join(versions)} on one {', '.join(gpus)}{level}: ms of the engine alone, batch 1 / 4, "
-            "in brackets from frames to detections (Mask R-CNN's heads are in the brackets alone); "
+            f"TensorRT {', '.join(versions)} on one {', '.join(gpus)}{level}: ms of the engine "
+            "alone, batch 1 / 4, in brackets from frames to detections (Mask R-CNN's heads are in the "
+            "brackets alone); "
             f"its FP32 answers lie within {max(apart, default=0.0):.1e} of ONNX Runtime's, relative to the "
             "greatest of each output."
         )
