@@ -489,12 +489,19 @@ class TestWords:
                 "the file is no ONNX model or is cut short",
             ),
             (
+                "3: API Usage Error (Parameter check failed at: runtime/myelin/runner.cpp::execute::732, "
+                "condition: !isCapturing || isCapturable. The CUDA stream is in capturing mode, but this TRT "
+                "engine is not stream capturable! )",
+                "API Usage Error (Parameter check failed",
+                "it runs without one",
+            ),
+            (
                 'ModelImporter.cpp:140: While parsing node number 0 [Foo -> "y"]:',
                 'While parsing node number 0 [Foo -> "y"]:',
                 "build it again with tools/build.py on this machine, or use the .onnx file",
             ),
         ],
-        ids=["gpu", "version", "damaged", "driver", "onnx", "unknown"],
+        ids=["gpu", "version", "damaged", "driver", "onnx", "capture", "unknown"],
     )
     def test_become_reasons_and_remedies(self, said: str, why: str, what: str) -> None:
         assert reason([said, "and its consequences"]).startswith(why)

@@ -74,6 +74,10 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
         "it is damaged, or no engine of this TensorRT: build it again with tools/build.py",
     ),
     (
+        r"not stream capturable",  # 8.6 of transformers with an open batch
+        "this TensorRT cannot record the engine in a CUDA graph; it runs without one, launch by launch",
+    ),
+    (
         r"[Cc]ould not find any implementation|No valid tactics",
         "allow it more: a larger --workspace, other --tactics, or another --precision",
     ),
