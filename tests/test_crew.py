@@ -514,7 +514,7 @@ def test_a_plain_script_needs_no_main_guard(engine: Path, clips: list[str], tmp_
 class Gpu:
     """Stands for a front end on a GPU, or where it is said to be; finds one object in every frame."""
 
-    names, max_batch, embeds, masks, lanes = ("person",), 4, False, False, 2
+    names, max_batch, usual_batch, embeds, masks, lanes = ("person",), 4, 4, False, False, 2
     problem: str | None = None
 
     def __init__(self, device: str = "cuda:0") -> None:

@@ -384,7 +384,7 @@ def test_they_end_when_the_run_is_killed(clips: list[Path]) -> None:
 class Gpu:
     """Stands for a front end on a GPU; finds one object in every frame."""
 
-    names, max_batch, embeds, masks, lanes = ("person",), 4, False, False, 2
+    names, max_batch, usual_batch, embeds, masks, lanes = ("person",), 4, 4, False, False, 2
     problem: str | None = None
     device = torch.device("cuda:0")
     frames_on = torch.device("cuda:0")

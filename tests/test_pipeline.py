@@ -49,7 +49,8 @@ class OneBox:
     names, embeds, masks = ("thing",), False, False
 
     def __init__(self, max_batch: int = 1, lanes: int = 1) -> None:
-        self.max_batch, self.lanes, self.seconds = max_batch, lanes, {"inference": 0.0}
+        self.max_batch = self.usual_batch = max_batch
+        self.lanes, self.seconds = lanes, {"inference": 0.0}
         self.batches: list[list[tuple[int, int]]] = []
         self.in_flight = self.most_in_flight = 0
         self._worker = ThreadPoolExecutor(lanes)

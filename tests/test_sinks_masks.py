@@ -140,7 +140,7 @@ def test_mots_rows_without_masks_are_refused() -> None:
 class Seer:
     """Stands for a front end that finds the masks of `interlocked`, to the pixel."""
 
-    names, max_batch, embeds, masks, lanes = ("person", "car"), 4, False, True, 1
+    names, max_batch, usual_batch, embeds, masks, lanes = ("person", "car"), 4, 4, False, True, 1
     problem: str | None = None
     device = frames_on = torch.device("cpu")
 

@@ -186,7 +186,7 @@ def test_frames_of_one_batch_keep_their_own() -> None:
     answers = torch.cat((two, rows(), rows((5, A, 0.7, (1, 0, 0)))))
     runtime = FakeRuntime(answers, batch=None)
     opened = frontend(runtime, layout="decoded")
-    assert opened.max_batch == 8
+    assert (opened.max_batch, opened.usual_batch) == (8, 1)  # on a CPU frames go side by side
     found = detect(opened, frame(64, 64, 10), frame(128, 64, 20), frame(32, 32, 30))
     assert [each.label.tolist() for each in found] == [[0, 1], [], [0]]
     np.testing.assert_allclose(found[0].xyxy[0], (15, 15, 25, 25))
@@ -200,7 +200,7 @@ def test_frames_of_one_batch_keep_their_own() -> None:
 def test_a_fixed_batch_may_be_part_full() -> None:
     runtime = FakeRuntime(torch.cat([rows((1, A, 0.9, (1, 0, 0)))] * 4), batch=4)
     opened = frontend(runtime, layout="decoded")
-    assert opened.max_batch == 4
+    assert (opened.max_batch, opened.usual_batch) == (4, 4)
     assert len(detect(opened, frame(), frame())) == 2
     assert runtime.fed[0].shape[0] == 4
 

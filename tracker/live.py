@@ -101,9 +101,8 @@ class LiveSession(Run):
             self._epoch = time.monotonic()
             self._open_frontend(stack)
             self._decoders = stack.enter_context(LiveDecoders(0))
-            on_cpu = self.frontend.device.type == "cpu"
-            size = self.live.max_batch or (1 if on_cpu else self.frontend.max_batch)
-            self._batcher = Batcher(min(size, self.frontend.max_batch), self.live.max_wait_ms / 1000)
+            size = min(self.live.max_batch or self.frontend.usual_batch, self.frontend.max_batch)
+            self._batcher = Batcher(size, self.live.max_wait_ms / 1000)
             self.streams = Streams(self._batcher, self._open)
             self.workers = self._worker_count(max(1, len(options.sources)))
             if self.workers:

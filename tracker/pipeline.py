@@ -181,7 +181,7 @@ class Pipeline:
         """Every frame of every feed with its tracks; frames of one feed in order."""
         depth = self.frontend.lanes + 1  # one batch waits, so that no lane does while another is tracked
         pending: deque[tuple[list[Frame], Pending]] = deque()
-        for batch in batches(self.feeds, self.frontend.max_batch):
+        for batch in batches(self.feeds, self.frontend.usual_batch):
             pending.append((batch, self.frontend.submit(batch)))
             if len(pending) == depth:
                 yield from self._settle(*pending.popleft())

@@ -314,14 +314,16 @@ class Pending(Protocol):
 class Frontend(Protocol):
     """A detector: frames in, detections in source pixels out, one list entry per frame.
 
-    embeds: whether detections carry embeddings. masks: whether they carry masks. lanes: batches it works on
-    at once. device: where it computes. frames_on: where frames had best lie. transfers: between its device
-    and the host so far. seconds: spent so far, by stage, in order. problem: what makes it slower than it
-    should be, if anything.
+    max_batch: frames that it takes at once. usual_batch: those that it had best be given. embeds: whether
+    detections carry embeddings. masks: whether they carry masks. lanes: batches it works on at once. device:
+    where it computes. frames_on: where frames had best lie. transfers: between its device and the host so
+    far. seconds: spent so far, by stage, in order. problem: what makes it slower than it should be, if
+    anything.
     """
 
     names: tuple[str, ...]
     max_batch: int
+    usual_batch: int
     embeds: bool
     masks: bool
     lanes: int

@@ -169,7 +169,7 @@ def watch(
 
     with open_source(clip, gpu=place if place.type == "cuda" else None) as source:
         with Feed(source, max_frames=max_frames) as feed:
-            for batch in batches([feed], frontend.max_batch):
+            for batch in batches([feed], frontend.usual_batch):
                 pending.append((batch, frontend.submit(batch)))
                 if len(pending) > frontend.lanes:
                     settle()
