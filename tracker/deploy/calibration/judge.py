@@ -202,10 +202,9 @@ def samples(clip: str | Path, count: int, *, max_frames: int | None = None) -> l
 
 def found_in(frontend: Detector, frames: Sequence[Frame]) -> list[Detections]:
     """Detections of single frames."""
-    found: list[Detections] = []
-    for first in range(0, len(frames), frontend.max_batch):
-        found += frontend.submit(frames[first : first + frontend.max_batch]).result()
-    return found
+    size = frontend.usual_batch
+    work = [frontend.submit(frames[first : first + size]) for first in range(0, len(frames), size)]
+    return [found for each in work for found in each.result()]
 
 
 def disagreement(reference: Sequence[Detections], candidate: Sequence[Detections]) -> float:
