@@ -10,6 +10,7 @@ import functools
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from fake_tensorrt import fake_tensorrt
 from onnx import TensorProto, helper, numpy_helper
 from onnx_files import detector, save
 
@@ -349,6 +351,36 @@ class TestWhileItWorks:
         with pytest.raises(KeyboardInterrupt):
             build(exported(), tmp_path / "a.engine", RTX, progress=interrupt)
         assert list(tmp_path.iterdir()) == []
+
+
+class TestTimingCache:
+    @pytest.mark.parametrize("refuses", [False, True])
+    def test_keeps_what_was_measured_whatever_came_of_it(self, tmp_path: Path, refuses: bool) -> None:
+        """A TensorRT that adds to what it is given, and may then find no kernel."""
+        trt: Any = fake_tensorrt("8.6.1")
+        trt.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=0)
+        options = SimpleNamespace(create_timing_cache=bytearray)
+        options.set_timing_cache = lambda cache, mismatch: setattr(options, "cache", cache) or True
+        options.get_timing_cache = lambda: SimpleNamespace(serialize=lambda: options.cache)
+
+        def measured(network: Any, options: Any) -> bytes | None:
+            options.cache += b" and more"
+            return None if refuses else b"plan"
+
+        images = SimpleNamespace(name="x", shape=(1, 3, 8, 8))
+        network = SimpleNamespace(num_inputs=1, num_outputs=0, get_input=lambda place: images)
+        trt.Builder = lambda messages: SimpleNamespace(
+            create_network=lambda flags: network,
+            create_builder_config=lambda: options,
+            build_serialized_network=measured,
+        )
+        trt.OnnxParser = lambda network, messages: SimpleNamespace(parse=lambda text: True)
+        cache = tmp_path / "timing.cache"
+        cache.write_bytes(b"known")
+        work = plan._Compilation(trt, onnx.load(DEMO), BuildConfig(timing_cache=cache), {})
+        with pytest.raises(EngineError, match="cannot build the graph") if refuses else nullcontext():
+            assert work._run() == b"plan"
+        assert cache.read_bytes() == b"known and more"
 
 
 class TestPrecisionByFlags:

@@ -177,7 +177,7 @@ def test_real_frames_become_what_opencv_makes_of_them(
 def test_the_demo_as_a_decoder_on_the_gpu_would_have_it(run: Run) -> None:
     with av.open(str(ROOT / "videos" / "demo.mp4")) as container:
         image = image_of(next(container.decode(video=0)))
-    fit = fit_center((640, 360), (64, 40))
+    fit = fit_center((640, 360), (128, 80))
     got = run(
         filled, [surface(image, 768)], [replace(image, planes=())], [fit], interpolation="area", **FAIRMOT
     )

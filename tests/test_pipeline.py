@@ -48,8 +48,8 @@ class OneBox:
 
     names, embeds, masks = ("thing",), False, False
 
-    def __init__(self, max_batch: int = 1, lanes: int = 1) -> None:
-        self.max_batch = self.usual_batch = max_batch
+    def __init__(self, usual_batch: int = 1, lanes: int = 1) -> None:
+        self.usual_batch, self.max_batch = usual_batch, 2 * usual_batch  # it could take more
         self.lanes, self.seconds = lanes, {"inference": 0.0}
         self.batches: list[list[tuple[int, int]]] = []
         self.in_flight = self.most_in_flight = 0
@@ -123,7 +123,7 @@ def test_every_lane_has_work_while_a_frame_is_tracked(lanes: int) -> None:
 def test_sources_share_the_batch_in_turn(
     lengths: list[int], size: int, expected: list[list[tuple[int, int]]]
 ) -> None:
-    frontend = OneBox(max_batch=size)
+    frontend = OneBox(usual_batch=size)
     out, _ = run([CountingSource(n, source=k) for k, n in enumerate(lengths)], frontend)
     # How many frames the last, part-full batch of a dying source takes along depends on nothing but order.
     assert [pair for batch in frontend.batches for pair in batch] == [p for batch in expected for p in batch]
@@ -132,12 +132,12 @@ def test_sources_share_the_batch_in_turn(
 
 
 def test_each_source_has_ids_of_its_own() -> None:
-    out, _ = run([CountingSource(10, source=k) for k in range(3)], OneBox(max_batch=3))
+    out, _ = run([CountingSource(10, source=k) for k in range(3)], OneBox(usual_batch=3))
     assert {ids[0] for _, _, ids in out} == {1}
 
 
 def test_a_source_that_breaks_ends_alone_after_its_good_frames() -> None:
-    out, feeds = run([CountingSource(10, breaks_at=4), CountingSource(10, source=1)], OneBox(max_batch=2))
+    out, feeds = run([CountingSource(10, breaks_at=4), CountingSource(10, source=1)], OneBox(usual_batch=2))
     assert [index for source, index, _ in out if source == 0] == [0, 1, 2, 3]
     assert [index for source, index, _ in out if source == 1] == list(range(10))
     assert isinstance(feeds[0].error, SourceError)
@@ -195,7 +195,7 @@ def test_a_bug_in_a_source_is_not_mistaken_for_its_end() -> None:
 
 
 def test_max_frames_is_counted_for_each_source() -> None:
-    out, feeds = run([CountingSource(10), CountingSource(2, source=1)], OneBox(max_batch=2), max_frames=3)
+    out, feeds = run([CountingSource(10), CountingSource(2, source=1)], OneBox(usual_batch=2), max_frames=3)
     assert [p[:2] for p in out] == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2)]
     assert feeds[0].source.counts.decoded == 3
 

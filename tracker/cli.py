@@ -129,7 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     live("--max-reconnects", type=int, metavar="N", help="attempts in a row (default: for ever)")
     live("--verify-tls", action="store_true", help="refuse servers without a good certificate")
     live("--max-wait-ms", type=float, metavar="MS", help="a batch waits so long for others (default: 8)")
-    live("--max-batch", type=int, metavar="N", help="frames at once (default: the engine's; on a CPU 1)")
+    live(
+        "--max-batch",
+        type=int,
+        metavar="N",
+        help="frames at once (default: the engine's; if open, on a CPU 1)",
+    )
     live("--rotate", metavar="LIST", help="when to begin new files (default: 1d,256MB), or never")
     live(
         "--publish",

@@ -49,7 +49,7 @@ class LiveOptions:
     realtime: sources are files, replayed at their own pace as if they were live. loop: for ever.
     rtsp_transport, silence_seconds, max_reconnects, verify_tls: see `LiveSettings`.
     max_wait_ms: how long the first frame of a batch waits for those of other streams.
-    max_batch: frames at once; None is as many as the engine takes, on a CPU one.
+    max_batch: frames at once; None is as many as the engine takes, on a CPU one where it leaves that open.
     rotate: when to begin new files, see `Rotation.parse`.
     publish: "stdout", an mqtt:// or mqtts:// address, or an rtsp:// address to push annotated video to.
 

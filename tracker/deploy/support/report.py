@@ -157,10 +157,14 @@ def _left_out(title: str, steps: Steps, notes: list[str], *needed: str) -> str:
     """
     if not all(steps.get(step, {}).get("ok") for step in needed):
         return ""
-    layers = {step: steps[step]["left out"] for step in needed if "left out" in steps[step]}
-    for step, names in layers.items():
-        notes.append(f"{title}, {step}: no kernel for {', '.join(names)}; in half precision")
-    return "".join(f" [{len(notes)}]" for _ in layers)
+    marks = ""
+    for step in needed:
+        if "left out" in steps[step]:
+            notes.append(
+                f"{title}, {step}: no kernel for {', '.join(steps[step]['left out'])}; in half precision"
+            )
+            marks += f" [{len(notes)}]"
+    return marks
 
 
 def _tracked(steps: Steps) -> str:
